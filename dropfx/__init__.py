@@ -1,0 +1,34 @@
+"""dropfx: the PyTorch graph compiler pass that stops paying for dropped activations."""
+
+from dropfx import patterns, testing
+from dropfx.compiler import compile, restore
+from dropfx.errors import (
+    DropfxError,
+    InvalidInput,
+    InvalidModel,
+    InvalidOption,
+    LoweringUnavailable,
+    NoDropoutWarning,
+    NotEquivalent,
+)
+from dropfx.explain import Report, explain
+from dropfx.runtime import disabled
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DropfxError",
+    "InvalidInput",
+    "InvalidModel",
+    "InvalidOption",
+    "LoweringUnavailable",
+    "NoDropoutWarning",
+    "NotEquivalent",
+    "Report",
+    "compile",
+    "disabled",
+    "explain",
+    "patterns",
+    "restore",
+    "testing",
+]

@@ -1,0 +1,271 @@
+"""How a unit axis passes through each operation: the table from which regions grow.
+
+An operation is *unit-wise* on an axis when unit j of the output needs only unit j of the operands, and
+*zero-preserving* when it gives 0 for units that are 0. Before a site unit-wise suffices, since dropped values are never
+read; after it f(0) = 0 is needed too. Axes are counted from the end, so that broadcasting aligns them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dropfx.graphs import argument, op_name, value_of
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a site's units lie in a value: axis `dim` (negative), `factor` neighbouring positions a unit."""
+
+    dim: int
+    factor: int = 1
+
+
+Operands = dict[fx.Node, Axis]
+Zero = Callable[[fx.Node, set[fx.Node]], bool]
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """One operation's row.
+
+    Attributes:
+        operands: (node, output axis) -> axis in each operand that carries it; None if not unit-wise there. Operands
+            that broadcast along the axis are left out.
+        output: (node, operand, its axis) -> axis of the output, None if it does not survive.
+        zero: (node, operands that are 0 at dropped units) -> the output is 0 there too.
+    """
+
+    operands: Callable[[fx.Node, Axis], Operands | None]
+    output: Callable[[fx.Node, fx.Node, Axis], Axis | None]
+    zero: Zero
+
+
+# -- element by element ---------------------------------------------------------------------------------------------
+
+
+def _pointwise_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    out = value_of(node)
+    if out is None:
+        return None
+    found: Operands = {}
+    for operand in node.all_input_nodes:
+        value = operand.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            if isinstance(value, (bool, int, float)):
+                continue
+            return None
+        if value.dim() >= -axis.dim and value.shape[axis.dim] == out.shape[axis.dim]:
+            found[operand] = axis
+        elif value.dim() >= -axis.dim and value.shape[axis.dim] != 1:
+            return None
+    return found
+
+
+def _pointwise_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    out, value = value_of(node), value_of(operand)
+    if out is None or value is None or out.dim() < -axis.dim or out.shape[axis.dim] != value.shape[axis.dim]:
+        return None
+    return axis
+
+
+def _always(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return True
+
+
+def _never(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return False
+
+
+def _all_operands(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return len(node.args) > 1 and all(isinstance(a, fx.Node) and a in zeros for a in node.args[:2])
+
+
+def _numerator(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return node.args[0] in zeros and not (isinstance(node.args[1], fx.Node) and node.args[1] in zeros)
+
+
+def _clamp_holds_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    return all(b is None or isinstance(b, (int, float)) for b in (low, high)) and (low or 0) <= 0 <= (high or 0)
+
+
+def _hardtanh_holds_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return float(argument(node, 1, "min_val", -1.0)) <= 0 <= float(argument(node, 2, "max_val", 1.0))
+
+
+def _power_at_least_one(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    exponent = argument(node, 1, "exponent")
+    return node.args[0] in zeros and isinstance(exponent, (int, float)) and exponent >= 1
+
+
+def _threshold_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return float(argument(node, 1, "threshold", 0.0)) >= 0 and float(argument(node, 2, "value", 0.0)) == 0
+
+
+def _pointwise(zero: Zero) -> AxisRule:
+    return AxisRule(_pointwise_operands, _pointwise_output, zero)
+
+
+# -- first operand only: casts and copies ---------------------------------------------------------------------------
+
+
+def _first_operand(node: fx.Node, axis: Axis) -> Operands | None:
+    first = node.args[0]
+    return {first: axis} if isinstance(first, fx.Node) else None
+
+
+def _first_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    return axis if operand is node.args[0] else None
+
+
+# -- views ----------------------------------------------------------------------------------------------------------
+
+
+def reshape_axis(source: Sequence[int], target: Sequence[int], axis: Axis) -> Axis | None:
+    """Axis of `target` that holds `axis` of `source` when one shape is viewed as the other.
+
+    The axis may merge with axes behind it (its factor grows); it may not be split or merge with axes before it.
+    """
+    position = len(source) + axis.dim
+    for merged in range(position + 1, len(source) + 1):
+        length, behind = math.prod(source[position:merged]), math.prod(source[merged:])
+        for place, size in enumerate(target):
+            if size == length and size > 1 and math.prod(target[place + 1 :]) == behind:
+                return Axis(place - len(target), axis.factor * (length // source[position]))
+    return None
+
+
+def _reshape_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    first, out = node.args[0], value_of(node)
+    value = value_of(first)
+    if not isinstance(first, fx.Node) or value is None or out is None or _squeezes_any(node):
+        return None
+    found = reshape_axis(out.shape, value.shape, axis)
+    return None if found is None else {first: found}
+
+
+def _squeezes_any(node: fx.Node) -> bool:
+    # a compact axis may have width 1, which squeeze() without a dimension would take away
+    return op_name(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
+
+
+def _reshape_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    value, out = value_of(operand), value_of(node)
+    if value is None or out is None or operand is not node.args[0] or _squeezes_any(node):
+        return None
+    return reshape_axis(value.shape, out.shape, axis)
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """Which input axis each output axis of a permutation is: read off a tensor whose sizes all differ."""
+    value = value_of(node.args[0])
+    if value is None:
+        return None
+    probe = torch.empty(range(2, 2 + value.dim()), device="meta")
+    rest = node.args[1:]
+    if node.op == "call_method":
+        out = getattr(probe, str(node.target))(*rest, **node.kwargs)
+    else:
+        out = node.target(probe, *rest, **node.kwargs)  # type: ignore[operator]
+    return [size - 2 for size in out.shape]
+
+
+def _permute_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    order, first = _order(node), node.args[0]
+    if order is None or not isinstance(first, fx.Node):
+        return None
+    return {first: Axis(order[axis.dim] - len(order), axis.factor)}
+
+
+def _permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    order = _order(node)
+    if order is None:
+        return None
+    return Axis(order.index(len(order) + axis.dim) - len(order), axis.factor)
+
+
+def _index_order(node: fx.Node) -> list[int | None] | None:
+    """Which input axis each output axis of x[index] is, None for new or cut axes; None if it indexes by tensors."""
+    value, index = value_of(node.args[0]), node.args[1]
+    if value is None:
+        return None
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(not (i is None or i is Ellipsis or type(i) in (int, slice)) for i in items):
+        return None
+    used = sum(1 for i in items if i is not None and i is not Ellipsis)
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    order: list[int | None] = []
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            order += range(dim, dim + value.dim() - used)
+            dim += value.dim() - used
+        elif item is None:
+            order.append(None)
+        else:
+            if isinstance(item, slice):
+                order.append(dim if item == slice(None) else None)
+            dim += 1
+    return order
+
+
+def _index_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    order, first = _index_order(node), node.args[0]
+    value = value_of(first)
+    source = None if order is None else order[axis.dim]
+    if source is None or value is None or not isinstance(first, fx.Node):
+        return None
+    return {first: Axis(source - value.dim(), axis.factor)}
+
+
+def _index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    order, value = _index_order(node), value_of(operand)
+    if order is None or value is None or operand is not node.args[0] or value.dim() + axis.dim not in order:
+        return None
+    return Axis(order.index(value.dim() + axis.dim) - len(order), axis.factor)
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+_ZERO_AT_ZERO = (
+    "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
+    "abs neg sin asin arcsin atan arctan tan sinh asinh square sign erf expm1 log1p floor ceil round trunc"
+)
+_NOT_ZERO_AT_ZERO = (
+    "sigmoid logsigmoid hardsigmoid softplus exp exp2 log cos cosh rsqrt sqrt reciprocal where maximum minimum eq ne "
+    "lt le gt ge masked_fill logical_not"
+)
+_COPIES = "contiguous clone detach to float double half bfloat16 type type_as"
+_RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as"
+_PERMUTATIONS = "transpose permute t swapaxes swapdims movedim moveaxis"
+
+AXIS_RULES: dict[str, AxisRule] = {
+    **{name: _pointwise(_always) for name in _ZERO_AT_ZERO.split()},
+    **{name: _pointwise(_never) for name in _NOT_ZERO_AT_ZERO.split()},
+    **{name: _pointwise(_always) for name in ("mul", "multiply")},
+    **{name: _pointwise(_all_operands) for name in ("add", "sub", "subtract")},
+    **{name: _pointwise(_numerator) for name in ("div", "truediv", "divide", "true_divide")},
+    **{name: _pointwise(_clamp_holds_zero) for name in ("clamp", "clip")},
+    "hardtanh": _pointwise(_hardtanh_holds_zero),
+    "threshold": _pointwise(_threshold_zero),
+    "pow": _pointwise(_power_at_least_one),
+    **{name: AxisRule(_first_operand, _first_output, _always) for name in _COPIES.split()},
+    **{name: AxisRule(_reshape_operands, _reshape_output, _always) for name in _RESHAPES.split()},
+    **{name: AxisRule(_permute_operands, _permute_output, _always) for name in _PERMUTATIONS.split()},
+    "getitem": AxisRule(_index_operands, _index_output, _always),
+}
+"""Operation name (as `graphs.op_name` gives it) -> its row. What has no row is dense."""
+
+
+def rule_of(node: fx.Node) -> AxisRule | None:
+    """The row of a node's operation, None where everything must be dense."""
+    if value_of(node) is None:
+        return None
+    return AXIS_RULES.get(op_name(node))

@@ -1,0 +1,53 @@
+"""What work costs on a device: the table from which regions are planned.
+
+Figures are for classes of device, not for one machine; they decide what pays, they do not promise times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceCosts:
+    """Rates of one class of device.
+
+    Attributes:
+        flops: matrix product, FLOP/s, by dtype size in bytes (4, 8, 2).
+        bytes: streaming memory traffic, bytes/s.
+        random: random numbers for an unstructured mask, elements/s.
+        launch: fixed time of one operation, seconds.
+    """
+
+    flops: dict[int, float]
+    bytes: float
+    random: float
+    launch: float
+
+    def gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
+        """Seconds of an [m, k] @ [k, n] product: the longer of arithmetic and traffic."""
+        arithmetic = 2 * m * n * k / self.flops.get(itemsize, self.flops[4])
+        traffic = (m * k + k * n + m * n) * itemsize / self.bytes
+        return self.launch + max(arithmetic, traffic)
+
+    def move(self, elements: float, itemsize: int = 4, passes: float = 2.0) -> float:
+        """Seconds to stream `elements`, by default read once and written once."""
+        return self.launch + elements * itemsize * passes / self.bytes
+
+    def dropout(self, elements: float, itemsize: int = 4) -> float:
+        """Seconds of PyTorch's own dropout, forward and backward: mask, product, product."""
+        return elements / self.random + 2 * self.move(elements, itemsize, 3)
+
+
+DEVICES: dict[str, DeviceCosts] = {
+    "cpu": DeviceCosts(flops={4: 1.0e11, 8: 5.0e10, 2: 5.0e10}, bytes=2.0e10, random=1.0e8, launch=5e-6),
+    "cuda": DeviceCosts(flops={4: 5.0e13, 8: 3.0e13, 2: 6.0e14}, bytes=3.0e12, random=5.0e11, launch=5e-6),
+}
+"""Device type -> costs. `cpu`: a few cores with wide vectors; `cuda`: a current data-centre GPU (from data sheets)."""
+
+
+def costs_of(device: torch.device) -> DeviceCosts:
+    """The costs of a device's class; an unknown class is taken for a GPU."""
+    return DEVICES.get(device.type, DEVICES["cuda"])

@@ -1,0 +1,236 @@
+"""What dropfx.compile does to a model, and why it leaves alone what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dropfx.compiler import State, _check_model, _restore, _swap, check_inputs
+from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
+from dropfx.options import make_options
+from dropfx.pass_infra import Options, Site
+from dropfx.runtime import numbers_of_their_own
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One dropout of the training graph.
+
+    Attributes:
+        name: module path; `path#2` its second call; `path:dropout_1` a functional dropout.
+        rate: the p that the model asks for.
+        drawn_rate: the exact drop probability that the pattern realises (the rate itself where not rewritten).
+        pattern: name of the pattern, "bernoulli" where not rewritten.
+        rewritten: whether it is rewritten.
+        reason: why not, "" if rewritten.
+        flops_dense, flops_compact: matrix products around it, forward and backward, as written and compact.
+        predicted_speedup: of the region around it, by the device's cost table.
+    """
+
+    name: str
+    rate: float
+    drawn_rate: float
+    pattern: str
+    rewritten: bool
+    reason: str
+    flops_dense: int
+    flops_compact: int
+    predicted_speedup: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found: a row a site, and totals over all Linears of the model.
+
+    Attributes:
+        sites: in the order of the forward.
+        flops_dense, flops_compact: FLOPs of the model's Linears, forward and backward.
+        opaque: path of a module that runs as written -> why.
+    """
+
+    sites: list[SiteReport]
+    flops_dense: int
+    flops_compact: int
+    opaque: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def flop_ratio(self) -> float:
+        """Dense over compact FLOPs: the ceiling of the speed-up."""
+        return self.flops_dense / self.flops_compact if self.flops_compact else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return {**asdict(self), "flop_ratio": self.flop_ratio}
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=160).print(self._table())
+        rewritten = sum(site.rewritten for site in self.sites)
+        lines = [f"{rewritten} of {len(self.sites)} dropouts rewritten"]
+        if self.flops_compact:
+            lines.append(
+                f"Linear FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} ({self.flop_ratio:.2f}x)"
+            )
+        lines += [f"{path or 'the model'} runs as written: {reason}" for path, reason in self.opaque.items()]
+        return out.getvalue() + "\n".join(lines)
+
+    def _table(self) -> Table:
+        table = Table("site", "rate", "drawn", "pattern", "FLOPs", "compact", "predicted", "reason")
+        for site in self.sites:
+            figures = (f"{site.flops_dense:.2e}", f"{site.flops_compact:.2e}", f"{site.predicted_speedup:.2f}x")
+            table.add_row(
+                site.name,
+                f"{site.rate:g}",
+                f"{site.drawn_rate:.4g}",
+                site.pattern,
+                *(figures if site.rewritten else ("", "", "")),
+                site.reason,
+            )
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Write a bar chart of dense and compact FLOPs a site to `path` (needs the `plot` extra).
+
+        Raises:
+            DropfxError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise DropfxError("plot: matplotlib is missing, install dropfx[plot]") from error
+        figure = Figure(figsize=(8, 1.5 + 0.4 * len(self.sites)), layout="constrained")
+        axes = figure.subplots()
+        rows = range(len(self.sites))
+        axes.barh(rows, [s.flops_dense for s in self.sites], color="lightgrey", label="as written")
+        axes.barh(rows, [s.flops_compact for s in self.sites], height=0.5, color="tab:blue", label="compact")
+        axes.set_yticks(rows, [s.name for s in self.sites])
+        axes.invert_yaxis()
+        axes.set_xlabel("FLOPs of the Linears around the site, forward + backward")
+        axes.legend()
+        figure.savefig(path)
+
+
+def explain(
+    model: nn.Module, *inputs: Any, options: dict[str, Any] | None = None, kwargs: dict[str, Any] | None = None
+) -> Report:
+    """Say for each dropout of `model` whether `dropfx.compile` rewrites it, and why not.
+
+    Analyses the training graph whatever the model's flags are, by one forward of a copy that shares the parameters;
+    the model, its flags, buffers and the random generators are left as they were.
+
+    Args:
+        model: any module, compiled or not.
+        inputs: inputs of one training call.
+        options: options of `dropfx.compile`; those of a compiled model are the default.
+        kwargs: keyword inputs of that call.
+
+    Raises:
+        InvalidModel (TypeError), InvalidOption (ValueError), InvalidInput (ValueError): as `dropfx.compile` does.
+    """
+    _check_model(model)
+    checked = _options_for(model, options)
+    check_inputs(model, inputs, kwargs or {})
+    trial = training_copy(model)
+    _swap(trial, State(checked))
+    args, named = copy_inputs((inputs, kwargs or {}))
+    with torch.random.fork_rng(), numbers_of_their_own():
+        try:
+            trial(*args, **named)
+        except DropfxError:
+            raise
+        except Exception as error:
+            message = f"inputs: {type(model).__name__}.forward fails on them: {error}"
+            raise InvalidInput(message) from error
+    return _report(trial, checked)
+
+
+def _options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
+    if options is not None and not isinstance(options, dict):
+        raise InvalidOption(f"options: got {type(options).__name__}, accepted is a dict of dropfx.compile's options")
+    state = model.__dict__.get("_dropfx")
+    if options is None and state is not None:
+        checked: Options = state.options
+        return checked
+    return make_options(**(options or {}))
+
+
+def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
+    """An uncompiled copy of the model in training mode; its parameters are the model's own where `share`.
+
+    Raises:
+        InvalidModel: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
+    try:
+        trial = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InvalidModel(f"model: it cannot be copied for a trial run: {error}") from error
+    _restore(trial)
+    return trial.train()
+
+
+def copy_inputs(inputs: Any) -> Any:
+    """Copies of all tensors in a structure of inputs, so that a trial cannot write into the user's."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if not t.is_sparse else t, inputs
+    )
+
+
+def _report(trial: nn.Module, options: Options) -> Report:
+    sites: list[SiteReport] = []
+    opaque: dict[str, str] = {}
+    dense = compact = 0
+    for path, module in trial.named_modules():
+        state = module.__dict__.get("_dropfx")
+        if state is None:
+            continue
+        if state.opaque:
+            opaque[path] = state.opaque
+        for specialisation in (s for specs in state.cache.values() for s in specs):
+            context = specialisation.context
+            sites += [_row(site, options) for site in context.sites]
+            dense, compact = dense + context.flops_dense, compact + context.flops_compact
+            leaves = specialisation.leaves.items()
+            opaque.update({f"{state.prefix}{leaf}": reason for leaf, reason in leaves if reason})
+    listed = {site.name for site in sites}
+    sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
+    return Report(sites, dense, compact, opaque)
+
+
+def _row(site: Site, options: Options) -> SiteReport:
+    drawn = site.rate
+    if site.rewritten and site.realisation is not None:
+        drawn = site.realisation.drawn_rate
+    return SiteReport(
+        name=site.name,
+        rate=site.rate,
+        drawn_rate=drawn,
+        pattern=options.pattern.name if site.rewritten else "bernoulli",
+        rewritten=site.rewritten,
+        reason=site.reason,
+        flops_dense=site.flops_dense,
+        flops_compact=site.flops_compact,
+        predicted_speedup=site.predicted_speedup if site.rewritten else 1.0,
+    )
+
+
+def _unreached(trial: nn.Module, opaque: dict[str, str]) -> list[SiteReport]:
+    """Dropout modules that belong to a forward which runs as written."""
+    rows = []
+    for path, module in trial.named_modules():
+        if not isinstance(module, nn.modules.dropout._DropoutNd):
+            continue
+        above = [p for p in opaque if p == "" or path == p or path.startswith(p + ".")]
+        if above:
+            reason = f"the forward around it runs as written: {opaque[max(above, key=len)]}"
+            rows.append(SiteReport(path, module.p, module.p, "bernoulli", False, reason, 0, 0, 1.0))
+    return rows

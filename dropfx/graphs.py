@@ -1,0 +1,82 @@
+"""Small things about fx graphs that several passes need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_NAMESPACES = ("torch", "_operator", "torch.nn.functional", "torch._C._nn", "torch._VF", "torch.functional")
+
+
+def op_name(node: fx.Node) -> str:
+    """One name for the function, method and operator spelling of an operation: "relu", "add", "view"; "" if foreign.
+
+    An in-place spelling keeps its underscore ("relu_", "iadd").
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function" or not callable(node.target):
+        return ""
+    module = getattr(node.target, "__module__", None)
+    name = getattr(node.target, "__name__", "")
+    if module is None:
+        # built-in methods of torch._C._VariableFunctions carry no module of their own
+        return name if getattr(torch, name, None) is node.target else ""
+    return name if module in _NAMESPACES or module.startswith("torch._C") else ""
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The fake tensor that a node stands for, None where it is no tensor or unknown."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def impure(node: fx.Node) -> bool:
+    """A node that must stay though nobody reads it: module calls, random numbers, writes in place."""
+    if node.op in ("placeholder", "output", "call_module"):
+        return True
+    name = op_name(node)
+    if node.op != "get_attr" and not name:
+        return not (callable(node.target) and getattr(node.target, "__module__", "").startswith(("torch", "dropfx")))
+    return writes_in_place(node) or name.startswith("rand") or name in ("dropout", "bernoulli", "multinomial")
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """The operation changes one of its arguments."""
+    name = op_name(node)
+    if not name:
+        return False
+    return (
+        name in _OPERATOR_INPLACE
+        or (name.endswith("_") and not name.endswith("__"))
+        or node.kwargs.get("inplace") is True
+        or "out" in node.kwargs
+        or (name in _POSITIONAL_INPLACE and argument(node, _POSITIONAL_INPLACE[name], "inplace") is True)
+    )
+
+
+_OPERATOR_INPLACE = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
+)
+_POSITIONAL_INPLACE = {"relu": 1, "dropout": 3, "silu": 1, "elu": 2, "leaky_relu": 2, "hardtanh": 3, "celu": 2}
+
+
+def clean_up(graph: fx.Graph) -> None:
+    """What every pass ends with: dead nodes out, and the graph checked."""
+    graph.eliminate_dead_code(is_impure_node=impure)
+    graph.lint()
+
+
+def insert(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A call_function node at the insertion point, with the meta of the node that it stands for."""
+    node = graph.call_function(target, args)
+    node.meta = dict(like.meta)
+    return node

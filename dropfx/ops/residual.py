@@ -1,0 +1,81 @@
+"""residual_add(base, y)[..., kept[j]] = base[..., kept[j]] + alpha * y[..., j], base elsewhere.
+
+`base` is broadcast to the dense shape of y first and never written into.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropfx.ops.define import EAGER, define, eager
+from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.units import take_op
+
+
+def _dense_shape(y: Tensor, dim: int, units: int) -> list[int]:
+    return [units if d == dim % y.dim() else s for d, s in enumerate(y.shape)]
+
+
+def _residual_add(base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float) -> Tensor:
+    """dim counts from the end (negative), so that it names the same axis of both."""
+    shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
+    kept = Runs(starts, run)
+    dtype = torch.result_type(base, y)
+    dense = base.to(dtype).expand(shape)
+    blocks = kept.blocks(units)
+    if blocks is None:
+        return dense + put(y * alpha, dim, kept, units)
+    out = dense.clone(memory_format=torch.contiguous_format)
+    tiled = out.unflatten(dim, (-1, run))
+    axis = dim % len(shape)
+    total = torch.add(take(dense, dim, kept), y, alpha=alpha).unflatten(dim, (-1, run))
+    tiled.index_copy_(axis, blocks, total)
+    return out
+
+
+def _fake(base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float) -> Tensor:
+    shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
+    return base.new_empty(shape, dtype=torch.result_type(base, y))
+
+
+residual_add_op = define("residual_add", _residual_add, _fake)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    base, y, starts, ctx.run, ctx.dim, _, ctx.alpha = inputs
+    ctx.base, ctx.y = (base.shape, base.dtype), (y.shape, y.dtype)
+    ctx.mask = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(starts)
+
+
+def _backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
+    (starts,) = ctx.saved_tensors
+    base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
+    y = None
+    if ctx.mask[1]:
+        y = (take_units(grad, starts, ctx.run, ctx.dim) * ctx.alpha).sum_to_size(ctx.y[0]).to(ctx.y[1])
+    return base, y, *[None] * 5
+
+
+torch.library.register_autograd(
+    residual_add_op, lambda ctx, grad: _backward(ctx, grad, take_op), setup_context=_save
+)
+
+
+class _ResidualAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out = _residual_add(*inputs)
+        _save(ctx, inputs, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _backward(ctx, grad, EAGER[take_op])
+
+
+eager(residual_add_op, _ResidualAdd)
+

@@ -1,0 +1,67 @@
+"""Options of `dropfx.compile`: names, checks, and the messages for wrong ones."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any
+
+import torch
+
+from dropfx.errors import InvalidOption, LoweringUnavailable
+from dropfx.pass_infra import Options
+from dropfx.patterns import BY_NAME, Block, Pattern
+
+NAMES = ("pattern", "block", "groups", "lowering", "min_speedup")
+LOWERINGS = ("auto", "aten", "triton")
+
+
+def make_options(
+    pattern: str | Pattern = "block",
+    block: int | str = "auto",
+    groups: int | str = 1,
+    lowering: str = "auto",
+    min_speedup: float = 1.05,
+    **unknown: Any,
+) -> Options:
+    """Check the options and make the record that the passes use.
+
+    Raises:
+        InvalidOption: an option is unknown or not accepted.
+        LoweringUnavailable: the lowering cannot run here.
+    """
+    for name in unknown:
+        close = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(NAMES)}{hint}")
+    if type(groups) is not int or groups != 1:
+        raise InvalidOption(f"groups: got {groups!r}, accepted is 1 (one draw for the whole batch)")
+    if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
+        raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
+    _check_lowering(lowering)
+    return Options(_make_pattern(pattern, block), lowering, float(min_speedup))
+
+
+def _make_pattern(pattern: str | Pattern, block: int | str) -> Pattern:
+    if isinstance(pattern, Pattern):
+        if block != "auto":
+            raise InvalidOption(f"block: got {block!r} beside pattern={pattern!r}, which has its own size")
+        return pattern
+    if not isinstance(pattern, str) or pattern not in BY_NAME:
+        accepted = ", ".join(map(repr, BY_NAME))
+        raise InvalidOption(f"pattern: got {pattern!r}, accepted are {accepted} and dropfx.patterns objects")
+    if pattern == "block":
+        return Block(block)
+    if block != "auto":
+        raise InvalidOption(f"block: got {block!r}, but pattern={pattern!r} has no blocks")
+    return BY_NAME[pattern]()
+
+
+def _check_lowering(lowering: str) -> None:
+    if lowering not in LOWERINGS:
+        raise InvalidOption(f"lowering: got {lowering!r}, accepted are {', '.join(map(repr, LOWERINGS))}")
+    if lowering != "triton":
+        return
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise LoweringUnavailable("lowering='triton' needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
+    raise LoweringUnavailable("lowering='triton': this version has no Triton kernels yet, use 'auto' or 'aten'")

@@ -1,0 +1,117 @@
+"""What a pass is, and how a pipeline of them runs (after onnx_ir's pass infrastructure).
+
+A pass is a function `name(graph_module, context) -> PassResult`; its file has its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from dropfx.devices import DeviceCosts
+from dropfx.errors import PassError
+from dropfx.graphs import clean_up
+from dropfx.patterns import Pattern, Realisation
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of `dropfx.compile`, checked."""
+
+    pattern: Pattern
+    lowering: str = "auto"
+    min_speedup: float = 1.05
+
+
+@dataclass
+class Site:
+    """One dropout of the graph.
+
+    Attributes:
+        name: as in `record` and `explain`.
+        rate: the `p` that the model asks for.
+        live: (module path, attribute) from which the rate is read at each call; None for a constant.
+        node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
+        axis: its unit axis, counted from the end.
+        realisation: the pattern fitted to the axis, None where it does not fit.
+        reason: why the site runs as written, "" where it is rewritten.
+    """
+
+    name: str
+    rate: float
+    live: tuple[str, str] | None = None
+    node: fx.Node | None = None
+    axis: int = -1
+    realisation: Realisation | None = None
+    reason: str = ""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    flops_dense: int = 0
+    flops_compact: int = 0
+    predicted_speedup: float = 1.0
+
+    @property
+    def takes_rate(self) -> bool:
+        """Runs as written, with a rate that must follow the module's attribute."""
+        return self.node is not None and bool(self.reason) and self.live is not None
+
+    @property
+    def rewritten(self) -> bool:
+        return self.node is not None and not self.reason
+
+
+@dataclass
+class Context:
+    """What passes share besides the graph.
+
+    Attributes:
+        options: the user's.
+        costs: the device's.
+        eager: the graph runs as plain Python, not through a further compiler.
+        prefix: what the names of sites begin with: the path of the traced module.
+        sites: filled by find_sites, decided by plan_regions.
+        draws: site index -> placeholder nodes, filled by insert_draws.
+    """
+
+    options: Options
+    costs: DeviceCosts
+    eager: bool = True
+    prefix: str = ""
+    sites: list[Site] = field(default_factory=list)
+    draws: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
+    flops_dense: int = 0
+    flops_compact: int = 0
+
+
+class PassResult(NamedTuple):
+    """The graph module a pass returns, and whether it changed it."""
+
+    graph_module: fx.GraphModule
+    modified: bool
+
+
+Pass = Callable[[fx.GraphModule, Context], PassResult]
+
+
+def run_passes(root: nn.Module | dict[str, Any], graph: fx.Graph, passes: Sequence[Pass], context: Context) -> fx.Graph:
+    """Run the passes in order over `graph`.
+
+    Raises:
+        PassError: a pass raised; names it and those that ran before it.
+    """
+    module = fx.GraphModule(root, graph)
+    done: list[str] = []
+    for step in passes:
+        name = getattr(step, "__name__", repr(step))
+        try:
+            module, modified = step(module, context)
+            if modified:
+                clean_up(module.graph)
+        except Exception as error:
+            raise PassError(f"pass {name!r} failed after {', '.join(done) or 'no other'}: {error}") from error
+        done.append(name)
+    return module.graph

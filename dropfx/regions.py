@@ -1,0 +1,244 @@
+"""Regions: the part of the graph around a site that could be computed compact, and the cut that chooses.
+
+The choice is a binary labelling, compact or dense, of minimum total cost: a minimum s-t cut with the source on the
+compact side. An arc a -> b is paid when a is compact and b dense; no capacity stands for infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+from networkx.algorithms.flow import shortest_augmenting_path
+from torch import fx, nn
+
+from dropfx.axis_rules import Axis, rule_of
+from dropfx.graphs import argument, op_name, value_of
+from dropfx.pass_infra import Site
+
+GEMMS = ("linear", "embedding")
+_SOFTMAX = ("softmax", "_softmax", "log_softmax")
+
+
+class RegionRefused(Exception):
+    """The site cannot be rewritten at all; the message is the reason for `explain`."""
+
+
+@dataclass
+class Region:
+    """Everything around a site that may be compact.
+
+    Attributes:
+        site: the site's dropout node.
+        forms: compact-capable value -> where the units lie in it (producers, unit-wise nodes, the site).
+        wants: node -> operand -> the form in which it reads that operand when it is compact.
+        before: the nodes of `forms` that precede the site.
+        sinks: consumers, which read compact and emit dense: Linear, residual add.
+    """
+
+    site: fx.Node
+    forms: dict[fx.Node, Axis] = field(default_factory=dict)
+    wants: dict[fx.Node, dict[fx.Node, Axis]] = field(default_factory=dict)
+    before: set[fx.Node] = field(default_factory=set)
+    sinks: set[fx.Node] = field(default_factory=set)
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        yield from self.forms
+        yield from (s for s in self.sinks if s not in self.forms)
+
+
+def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
+    """The region of a site; nodes in `taken` are compact for another one and count as dense here.
+
+    Raises:
+        RegionRefused: a neighbour forbids a draw that the batch shares.
+    """
+    assert site.node is not None
+    region = Region(site.node)
+    region.forms[site.node] = Axis(site.axis)
+    source = site.node.args[0] if site.node.args else site.node.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    region.wants[site.node] = {source: Axis(site.axis)}
+    _grow_before(region, source, Axis(site.axis), taken)
+    _grow_after(module, region, taken)
+    return region
+
+
+def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node]) -> None:
+    pending = [(source, axis)]
+    while pending:
+        node, at = pending.pop()
+        if node in region.forms or node in taken or "pinned" in node.meta or "site" in node.meta:
+            continue
+        name, rule = op_name(node), rule_of(node)
+        if name in _SOFTMAX:
+            _refuse_attention(node, at)
+        if name in GEMMS and at == Axis(-1) and _gatherable(node):
+            region.forms[node] = at
+            region.wants.setdefault(node, {})
+        elif rule is not None and (operands := rule.operands(node, at)) is not None:
+            region.forms[node] = at
+            region.wants[node] = operands
+            pending += operands.items()
+        else:
+            continue
+        region.before.add(node)
+
+
+def _refuse_attention(node: fx.Node, axis: Axis) -> None:
+    dim, value = argument(node, 1, "dim"), value_of(node)
+    if isinstance(dim, int) and value is not None and dim % value.dim() == value.dim() + axis.dim:
+        raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
+
+
+def _gatherable(node: fx.Node) -> bool:
+    if op_name(node) == "linear":
+        weight = value_of(argument(node, 1, "weight"))
+        return weight is not None and weight.dim() == 2 and value_of(node) is not None
+    plain = (("max_norm", 3, None), ("scale_grad_by_freq", 5, False), ("sparse", 6, False))
+    return all(argument(node, place, name, default) == default for name, place, default in plain)
+
+
+def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> None:
+    zeros = {region.site}
+    for node in _after(region.site):
+        read = [o for o in node.all_input_nodes if o in zeros]
+        if not read:
+            continue
+        _refuse_batch_statistics(module, node)
+        if "pinned" in node.meta or "site" in node.meta:
+            continue
+        if op_name(node) == "linear":
+            _linear_consumer(region, node, read)
+        elif node in taken:
+            continue
+        elif (at := _unitwise_after(region, node, read, zeros)) is not None:
+            region.forms[node] = at
+            zeros.add(node)
+        elif _takes_residual(node, read, region):
+            region.sinks.add(node)
+            region.wants[node] = {read[0]: region.forms[read[0]]}
+
+
+def _after(site: fx.Node) -> Iterator[fx.Node]:
+    node = site.next
+    while node.op != "root":
+        yield node
+        node = node.next
+
+
+def _refuse_batch_statistics(module: fx.GraphModule, node: fx.Node) -> None:
+    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if op_name(node) == "batch_norm" or isinstance(called, nn.modules.batchnorm._BatchNorm):
+        raise RegionRefused("a draw shared by the batch would reach the statistics of a batch normalisation")
+
+
+def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
+    source = argument(node, 0, "input")
+    if read != [source] or not _gatherable(node):
+        return
+    if region.forms[source].dim != -1:
+        raise RegionRefused("a Linear after it contracts another axis")
+    region.sinks.add(node)
+    region.wants[node] = {source: region.forms[source]}
+
+
+def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]) -> Axis | None:
+    rule = rule_of(node)
+    if rule is None or not rule.zero(node, zeros):
+        return None
+    found = {rule.output(node, operand, region.forms[operand]) for operand in read}
+    at = found.pop()
+    operands = None if found or at is None else rule.operands(node, at)
+    if operands is None or any(operands.get(operand) != region.forms[operand] for operand in read):
+        return None
+    region.wants[node] = operands
+    return at
+
+
+def residual_base(node: fx.Node, branch: fx.Node) -> Any:
+    """The other addend of a two-operand sum."""
+    return node.args[1] if node.args[0] is branch else node.args[0]
+
+
+def _takes_residual(node: fx.Node, read: list[fx.Node], region: Region) -> bool:
+    """Whether node is `base + read` (or base - read), a sum that can add the kept units alone."""
+    name, branch = op_name(node), read[0]
+    if name not in ("add", "sub", "subtract") or len(node.args) != 2 or len(read) != 1:
+        return False
+    if name != "add" and node.args[1] is not branch:
+        return False
+    base, alpha, at = residual_base(node, branch), node.kwargs.get("alpha", 1), region.forms[branch]
+    out, value = value_of(node), value_of(branch)
+    if base is branch or value_of(base) is None or out is None or value is None:
+        return False
+    return isinstance(alpha, (int, float)) and out.shape[at.dim] == value.shape[at.dim]
+
+
+# -- the cut --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Costs of a region in integer nanoseconds.
+
+    Attributes:
+        compact, dense: of each node under either label.
+        take, put: of reading a dense value compact, of reading a compact value dense; once a value.
+    """
+
+    compact: dict[fx.Node, int]
+    dense: dict[fx.Node, int]
+    take: dict[fx.Node, int]
+    put: dict[fx.Node, int]
+
+
+def cut(region: Region, prices: Prices) -> set[fx.Node]:
+    """The nodes to compute compact, at minimum cost, given that the site is rewritten."""
+    graph = nx.DiGraph()
+    graph.add_edge("compact", region.site)
+    for node in region.nodes:
+        graph.add_edge(node, "dense", capacity=prices.compact[node])
+        if node is not region.site:
+            graph.add_edge("compact", node, capacity=prices.dense[node])
+        for operand in region.wants.get(node, {}):
+            _read_compact(graph, region, node, operand, prices)
+        if node in region.forms:
+            for reader in node.users:
+                if node not in region.wants.get(reader, {}) or reader not in {*region.forms, *region.sinks}:
+                    _read_dense(graph, region, node, "dense", prices)
+    _, (compact, _) = nx.minimum_cut(graph, "compact", "dense", flow_func=shortest_augmenting_path)
+    return {node for node in region.nodes if node in compact}
+
+
+def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.Node, prices: Prices) -> None:
+    """`reader`, if compact, reads `value` compact: a take if the value is dense."""
+    taken = ("take", value)
+    graph.add_edge(reader, taken)
+    graph.add_edge(taken, value if value in region.forms else "dense", capacity=prices.take[value])
+    if value in region.forms:
+        _read_dense(graph, region, value, reader, prices)
+
+
+def _read_dense(graph: nx.DiGraph, region: Region, value: fx.Node, reader: Any, prices: Prices) -> None:
+    """`reader`, if dense, reads `value` dense: a put if the value is compact, impossible before the site."""
+    if value in region.before:
+        graph.add_edge(value, reader)
+        return
+    graph.add_edge(value, ("put", value), capacity=prices.put[value])
+    graph.add_edge(("put", value), reader)
+
+
+def price(region: Region, compact: set[fx.Node], prices: Prices) -> int:
+    """Cost of a labelling in nanoseconds: what the cut minimises."""
+    total = sum(prices.compact[n] if n in compact else prices.dense[n] for n in region.nodes)
+    taken = {o for n in compact for o in region.wants.get(n, {}) if o not in compact}
+    put = {
+        n
+        for n in compact & region.forms.keys() - region.before
+        if any(r not in compact or n not in region.wants.get(r, {}) for r in n.users)
+    }
+    return total + sum(prices.take[n] for n in taken) + sum(prices.put[n] for n in put)

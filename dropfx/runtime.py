@@ -1,0 +1,113 @@
+"""State of the process that every compiled call looks at: recording, disabling, where draw numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dropfx.sites import DROPOUT_FUNCTIONS
+
+Masks = dict[str, Tensor]
+
+
+class _Runtime:
+    """The one instance is `runtime`."""
+
+    def __init__(self) -> None:
+        self.records: list[list[Masks]] = []
+        self.frame: Masks | None = None
+        self.disabled = 0
+        self.own_numbers = 0
+        self.traces = 0
+
+    @contextmanager
+    def outermost(self) -> Iterator[None]:
+        """One dict a compiled forward: compiled modules inside a compiled module write into its dict."""
+        if not self.records or self.frame is not None:
+            yield
+            return
+        self.frame = {}
+        try:
+            yield
+        finally:
+            masks, self.frame = self.frame, None
+            for record in self.records:
+                record.append(masks)
+
+    def note(self, name: str, mask: Tensor) -> None:
+        """Record one site's multiplier; a second call of a module gets the name that design section 8 gives it."""
+        assert self.frame is not None
+        path, functional, _ = name.partition(":dropout_")
+        plain, count = name, 1
+        while name in self.frame:
+            count += 1
+            name = f"{path}:dropout_{count}" if functional else f"{plain}#{count}"
+        self.frame[name] = mask
+
+
+runtime = _Runtime()
+
+
+@contextmanager
+def recording() -> Iterator[list[Masks]]:
+    """Collect the multipliers of every compiled forward inside the context."""
+    masks: list[Masks] = []
+    runtime.records.append(masks)
+    try:
+        yield masks
+    finally:
+        runtime.records.remove(masks)
+
+
+@contextmanager
+def numbers_of_their_own() -> Iterator[None]:
+    """Leave PyTorch's generator as it was after each draw, so that other random operations repeat without dropfx."""
+    runtime.own_numbers += 1
+    try:
+        yield
+    finally:
+        runtime.own_numbers -= 1
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Context manager: every dropout of compiled models keeps all units.
+
+    For debugging: the loss without dropout, with `model.training` and everything else as it is.
+    """
+    runtime.disabled += 1
+    try:
+        yield
+    finally:
+        runtime.disabled -= 1
+
+
+class KeepAll(TorchFunctionMode):
+    """Turns every dropout into the identity, those inside recurrent and attention functions too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in DROPOUT_FUNCTIONS or func in _IDENTITY:
+            return args[0] if args else kwargs["input"]
+        if func in _RECURRENT:
+            place = _RECURRENT[func] - (0 if isinstance(args[3], (list, tuple)) else 1)
+            args = (*args[:place], 0.0, *args[place + 1 :])
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        if func is F.multi_head_attention_forward:
+            kwargs["dropout_p"] = 0.0
+            args = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args
+            kwargs = {k: v for k, v in kwargs.items() if len(args) <= 10 or k != "dropout_p"}
+        return func(*args, **kwargs)
+
+
+_IDENTITY = (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_dropout)
+_RECURRENT = {torch.lstm: 6, torch.gru: 6, torch.rnn_tanh: 6, torch.rnn_relu: 6}
+"""Recurrent function -> position of its dropout rate, with batch sizes of packed input given."""

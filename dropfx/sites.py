@@ -1,0 +1,90 @@
+"""Which modules and functions drop: the tables that tracing, finding sites and testing share."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DROPOUT_FUNCTIONS: dict[Callable[..., Any], int | None] = {
+    F.dropout: -1,
+    F.dropout1d: -2,
+    F.dropout2d: -3,
+    F.dropout3d: -4,
+    torch.dropout: -1,
+}
+"""Dropouts that can be sites -> their unit axis, counted from the end."""
+
+OTHER_DROPOUTS: dict[Any, str] = {
+    F.alpha_dropout: "alpha dropout keeps mean and variance with values other than 0",
+    F.feature_alpha_dropout: "alpha dropout keeps mean and variance with values other than 0",
+    F.scaled_dot_product_attention: "dropout on attention probabilities inside scaled_dot_product_attention",
+}
+"""Functions that drop and run as written -> the reason."""
+
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+LEAF_MODULES = (nn.RNNBase, nn.MultiheadAttention)
+"""torch.nn modules that hold dropouts and stay calls."""
+
+INLINED_MODULES: tuple[type[nn.Module], ...] = (
+    *DROPOUT_MODULES,
+    nn.Linear,
+    nn.Embedding,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Tanhshrink),
+    *(nn.Hardtanh, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Softplus, nn.Sigmoid),
+    *(nn.LogSigmoid, nn.Hardsigmoid, nn.Threshold),
+)
+"""torch.nn modules, by exact type, whose forward is recorded as the functions that it calls."""
+
+
+def may_drop(root: nn.Module) -> bool:
+    """Whether any module below could drop, as far as types and the names in its code tell."""
+    return any(_drops(module) for module in root.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
+        return True
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0
+    cls = module.__dict__.get("_dropfx_class", type(module))
+    if isinstance(module, torch.jit.ScriptModule) or cls.__module__.startswith("torch.nn."):
+        return False
+    return any("dropout" in name.lower() for name in _names_in(cls))
+
+
+def _names_in(cls: type) -> Iterator[str]:
+    """Names that the class' own code mentions, following plain Python functions of its globals."""
+    seen: set[int] = set()
+    pending = [
+        function
+        for base in cls.__mro__
+        if base not in (nn.Module, object)
+        for function in vars(base).values()
+        if isinstance(function, types.FunctionType)
+    ]
+    while pending:
+        function = pending.pop()
+        if id(function) in seen or function.__module__.startswith("torch."):
+            continue
+        seen.add(id(function))
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+            yield from code.co_names
+            for name in code.co_names:
+                called = function.__globals__.get(name)
+                if isinstance(called, types.FunctionType):
+                    pending.append(called)

@@ -1,0 +1,201 @@
+"""A specialisation: one compiled forward of one module, and when it holds.
+
+Its key is what the call shows (kinds of inputs, grad mode, autocast); beyond the key it holds while every attribute that
+the trace read, every module that it looked into and the kind of every rate are as they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from dropfx.devices import costs_of
+from dropfx.draws import DrawPlan, draw_number
+from dropfx.pass_infra import Context, Options, Site, run_passes
+from dropfx.passes import PIPELINE
+from dropfx.passes.insert_draws import FIELDS
+from dropfx.patterns import PatternRefused, Realisation
+from dropfx.runtime import runtime
+from dropfx.tracing import Trace, hooked, trace
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_numbers = itertools.count()
+
+
+def key_of(leaves: list[Any]) -> tuple[Any, ...] | None:
+    """Key of a call from the leaves of its inputs; None where an input's kind is not supported."""
+    parts: list[Any] = [torch.is_grad_enabled()]
+    for leaf in leaves:
+        kind = type(leaf)
+        if kind is Tensor or kind is nn.Parameter:
+            # sizes 0 and 1 broadcast and contract differently, as in PyTorch's own dynamic shapes
+            sizes = tuple([s if s < 2 else 2 for s in leaf.shape])
+            parts.append((leaf.dtype, leaf.device, leaf.requires_grad, leaf.is_contiguous(), sizes))
+        elif kind in _CONSTANTS:
+            parts.append((kind, leaf))
+        else:
+            return None
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            parts.append((device, torch.get_autocast_dtype(device)))
+    return tuple(parts)
+
+
+class Specialisation:
+    """A traced and rewritten forward.
+
+    Args:
+        root: the module; not kept, but its submodules are, for the checks.
+        prefix: path of root in the compiled model, "" or ending in a dot.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        prefix: str,
+        options: Options,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        original_class: Callable[[nn.Module], type],
+    ) -> None:
+        runtime.traces += 1
+        traced = trace(root, args, kwargs, original_class)
+        self.shapes = _shapes(args, kwargs) if traced.exact_shapes else None
+        self.leaves = traced.leaves
+        self.context = _transform(root, traced, prefix, options)
+        self.sites = [s for s in self.context.sites if s.rewritten]
+        self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec
+        self._modules = _module_checks(root, traced, original_class)
+        self._guards = [(root.get_submodule(g.path), g.name, g.check, g.expected) for g in traced.guards]
+        self._rate_sources = [_rate_source(root, site) for site in self.context.sites]
+        self._kinds = [_kind(site.rate, site, options) for site in self.context.sites]
+        self._rates: tuple[float, ...] = ()
+        self._options = options
+        self._run = _generate(traced.graph)
+        self._read_rates()
+
+    # -- does it hold ------------------------------------------------------------------------------------------------
+
+    def holds(self) -> bool:
+        """Whether what the trace read is still so."""
+        for owner, name, module, cls, had_hooks in self._modules:
+            if owner.get(name) is not module or module.__class__ is not cls or hooked(module) is not had_hooks:
+                return False
+        for module, name, check, expected in self._guards:
+            value = getattr(module, name, _MISSING)
+            if (value if check is None or value is _MISSING else check(value)) != expected:
+                return False
+        return self._read_rates()
+
+    def _read_rates(self) -> bool:
+        """Take up changed rates; False where one became another kind (off, zeros, not drawable)."""
+        rates = tuple([getattr(owner, name) if owner is not None else name for owner, name in self._rate_sources])
+        if rates == self._rates:
+            return True
+        sites = self.context.sites
+        kinds = [_kind(rate, site, self._options) for rate, site in zip(rates, sites, strict=True)]
+        if [k[0] for k in kinds] != [k[0] for k in self._kinds]:
+            return False
+        self._rates = rates
+        self._plan([kind[1] for kind in kinds])
+        return True
+
+    def _plan(self, fits: list[Realisation | None]) -> None:
+        """Draw plans, one a device."""
+        by_device: dict[torch.device, list[int]] = {}
+        for index, site in enumerate(self.context.sites):
+            if site.rewritten:
+                by_device.setdefault(site.device, []).append(index)
+        self._plans = []
+        for device, indices in by_device.items():
+            names = [self.context.sites[i].name for i in indices]
+            chosen = [fit for i in indices if (fit := fits[i]) is not None]
+            self._plans.append((indices, DrawPlan(names, chosen, self._options.pattern, device)))
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, root: nn.Module, tensors: list[Tensor]) -> Any:
+        """Run on the tensor leaves of the inputs."""
+        outputs = self._run(root, *tensors, *self._inputs())
+        return outputs[0] if self._out_spec is None else pytree.tree_unflatten(outputs, self._out_spec)
+
+    def _inputs(self) -> list[Any]:
+        """The draws and live rates, in the order of insert_draws' placeholders."""
+        draws = {}
+        for indices, plan in self._plans:
+            draws.update(zip(indices, plan.draw(draw_number(plan.device)), strict=True))
+        if runtime.frame is not None:
+            self._record(draws)
+        inputs: list[Any] = []
+        for index, site in enumerate(self.context.sites):
+            if index in draws:
+                inputs += [getattr(draws[index], field) for field in FIELDS]
+            elif site.takes_rate:
+                inputs.append(self._rates[index])
+        return inputs
+
+    def _record(self, draws: dict[int, Any]) -> None:
+        for index, draw in draws.items():
+            site = self.context.sites[index]
+            mask = draw.mask(site.dtype)
+            runtime.note(site.name, mask.view(-1, *[1] * (-1 - site.axis)))
+
+
+_MISSING = object()
+
+
+def _transform(root: nn.Module, traced: Trace, prefix: str, options: Options) -> Context:
+    devices = [n.meta["val"].device for n in traced.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    context = Context(options, costs_of(devices[0] if devices else torch.device("cpu")), prefix=prefix)
+    traced.graph = run_passes(root, traced.graph, PIPELINE, context)
+    return context
+
+
+def _generate(graph: fx.Graph) -> Callable[..., Any]:
+    """The graph as a function of (module, inputs...): parameters are read from the module at each call."""
+    code = graph.python_code(root_module="self")
+    name = f"<dropfx forward {next(_numbers)}>"
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
+    scope = dict(code.globals)
+    exec(compile(code.src, name, "exec"), scope)
+    function: Callable[..., Any] = scope["forward"]
+    return function
+
+
+def _module_checks(
+    root: nn.Module, traced: Trace, original_class: Callable[[nn.Module], type]
+) -> list[tuple[dict[str, Any], str, nn.Module, type, bool]]:
+    checks = []
+    for path, (_, had_hooks) in traced.visited.items():
+        if path:
+            parent, _, name = path.rpartition(".")
+            module = root.get_submodule(path)
+            checks.append((root.get_submodule(parent)._modules, name, module, type(module), had_hooks))
+    return checks  # type: ignore[return-value]
+
+
+def _rate_source(root: nn.Module, site: Site) -> tuple[Any, Any]:
+    return (None, site.rate) if site.live is None else (root.get_submodule(site.live[0]), site.live[1])
+
+
+def _kind(rate: Any, site: Site, options: Options) -> tuple[str, Realisation | None]:
+    """What must not change about a rate, and the pattern fitted to it where the site is rewritten."""
+    if not isinstance(rate, (int, float)) or not 0 < rate < 1:
+        return f"{rate!r}", None
+    if not site.rewritten or site.realisation is None:
+        return "drops", None
+    try:
+        fit = options.pattern.realise(site.realisation.units, rate)
+    except PatternRefused:
+        return "not drawable", None
+    return ("ragged" if fit.ragged else "drawn"), fit
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Size]:
+    return [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

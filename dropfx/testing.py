@@ -1,0 +1,178 @@
+"""For tests of users' own models: what was drawn, and whether the compiled model is exact given the draw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dropfx.compiler import State, _check_model, _swap, check_inputs
+from dropfx.errors import InvalidInput, NotEquivalent
+from dropfx.explain import _options_for, copy_inputs, training_copy
+from dropfx.runtime import Masks, numbers_of_their_own, recording
+from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
+
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-9, 1e-10),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (2e-2, 2e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+}
+"""dtype -> (rtol, atol); atol is multiplied by the largest magnitude of the tensor compared."""
+
+
+def record() -> AbstractContextManager[list[Masks]]:
+    """Context manager: record what compiled models draw.
+
+    Yields:
+        A list that gets one dict for each compiled forward: site name -> dense multiplier, 0 or the scale,
+        broadcastable to the tensor that the site drops. Sites that run as written are not in it.
+    """
+    return recording()
+
+
+def assert_equivalent(
+    model: nn.Module,
+    *inputs: Any,
+    options: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> None:
+    """Check promise 2 on a user's model: exact given the draw.
+
+    A compiled copy and an untouched copy in which `dropout(x) := x * recorded mask` are run in training mode on the same
+    inputs and random numbers; outputs, the gradient of every parameter and floating input, and buffers are compared.
+    The model itself is not touched.
+
+    Args:
+        model: any module, compiled or not.
+        inputs, kwargs: of one training call.
+        options: options of `dropfx.compile`; those of a compiled model are the default.
+        rtol, atol: override TOLERANCES.
+
+    Raises:
+        NotEquivalent (AssertionError): names each tensor that differs and by how much.
+    """
+    _check_model(model)
+    checked = _options_for(model, options)
+    check_inputs(model, inputs, kwargs or {})
+    compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
+    _swap(compiled, State(checked))
+    with torch.random.fork_rng():
+        seed = torch.seed()
+        with record() as masks, numbers_of_their_own():
+            ours = _step(compiled, seed, inputs, kwargs or {})
+        with _masked(reference, masks[0] if masks else {}):
+            theirs = _step(reference, seed, inputs, kwargs or {})
+    wrong = [
+        text
+        for name, expected in theirs.items()
+        if (text := _difference(name, ours.get(name), expected, rtol, atol)) is not None
+    ]
+    if wrong:
+        raise NotEquivalent("compiled and masked dense model differ:\n" + "\n".join(wrong))
+
+
+def _step(model: nn.Module, seed: int, inputs: Any, kwargs: Any) -> dict[str, Tensor | None]:
+    """Forward and backward; everything that must agree, by name."""
+    args, named = copy_inputs((inputs, kwargs))
+    torch.manual_seed(seed)
+    try:
+        out = model(*args, **named)
+    except Exception as error:
+        raise InvalidInput(f"inputs: {type(model).__name__}.forward fails on them: {error}") from error
+    found: dict[str, Tensor | None] = {}
+    total: Any = 0
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for index, leaf in enumerate(pytree.tree_leaves(out)):
+        if isinstance(leaf, Tensor):
+            found[f"output {index}"] = leaf.detach()
+            if leaf.requires_grad:
+                weights = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+                total = total + (leaf * weights.to(leaf)).sum()
+    if isinstance(total, Tensor):
+        total.backward()
+    for name, parameter in model.named_parameters():
+        found[f"gradient of {name}"] = parameter.grad
+    for index, leaf in enumerate(pytree.tree_leaves((args, named))):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            found[f"gradient of input {index}"] = leaf.grad
+    found.update({f"buffer {name}": buffer for name, buffer in model.named_buffers()})
+    return found
+
+
+def _difference(
+    name: str, ours: Tensor | None, theirs: Tensor | None, rtol: float | None, atol: float | None
+) -> str | None:
+    if theirs is None or ours is None:
+        # a gradient of exact zeros and no gradient say the same
+        present = ours if theirs is None else theirs
+        return None if present is None or not present.any() else f"  {name}: one of the two is missing"
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"  {name}: {ours.dtype} {tuple(ours.shape)} is not {theirs.dtype} {tuple(theirs.shape)}"
+    relative, absolute = TOLERANCES.get(theirs.dtype, (0.0, 0.0))
+    if theirs.numel() and theirs.dtype in TOLERANCES:
+        absolute *= max(float(theirs.detach().abs().max()), 1e-30)
+    relative, absolute = relative if rtol is None else rtol, absolute if atol is None else atol
+    if torch.allclose(ours, theirs, rtol=relative, atol=absolute, equal_nan=True):
+        return None
+    worst = float((ours.double() - theirs.double()).abs().max())
+    return f"  {name}: largest difference {worst:.3g}, allowed {absolute:.3g} + {relative:.3g} * |expected|"
+
+
+class _Substitute(TorchFunctionMode):
+    """Replaces a dropout by the multiplication with its recorded mask."""
+
+    def __init__(self, masks: Masks, stack: list[nn.Module], names: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self._masks, self._stack, self._names = masks, stack, names
+        self.calls: Counter[str] = Counter()
+        self._functional: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
+            return func(*args, **kwargs)
+        mask = self._masks.get(self._name())
+        x = args[0] if args else kwargs["input"]
+        return func(*args, **kwargs) if mask is None else x * mask.to(x.dtype)
+
+    def _name(self) -> str:
+        module = self._stack[-1]
+        path = self._names[module]
+        if type(module) in DROPOUT_MODULES:
+            calls = self.calls[path]
+            return path if calls == 1 else f"{path}#{calls}"
+        self._functional[path] += 1
+        return f"{path}:dropout_{self._functional[path]}"
+
+
+@contextmanager
+def _masked(model: nn.Module, masks: Masks) -> Iterator[None]:
+    """The model with its dropouts replaced by the masks of the same names."""
+    names = {module: name for name, module in model.named_modules()}
+    stack = [model]
+    mode = _Substitute(masks, stack, names)
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(module)
+        mode.calls[names[module]] += 1
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
+    handles = [module.register_forward_pre_hook(enter, prepend=True) for module in names]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in names]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

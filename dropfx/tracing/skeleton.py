@@ -1,0 +1,112 @@
+"""A stand-in of a module tree: the same objects and attributes over fake tensors.
+
+Tracing runs the user's forward. It runs on a skeleton, so that nothing which that forward does to `self` reaches the
+user's model, and every attribute that it reads or writes is seen.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dropfx.tracing.tracer import Tracer
+
+_SILENT = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes of nn.Module's own machinery: reading them says nothing about the traced program."""
+
+
+class Recorder:
+    """Mixed into the class of every skeleton module; tells the tracer of calls, reads and writes."""
+
+    _dropfx_tracer: Tracer
+    _dropfx_class: type[nn.Module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tracer = self._dropfx_tracer
+        if tracer.tracing:
+            return tracer.call(self, args, kwargs)
+        return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in _SILENT or name.startswith("__"):
+            return value
+        own = object.__getattribute__(self, "__dict__")
+        tracer = own.get("_dropfx_tracer")
+        return tracer.read(self, name, value) if tracer is not None and tracer.tracing and name in own else value
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        tracer = self.__dict__.get("_dropfx_tracer")
+        return tracer.read(self, name, value) if tracer is not None and tracer.tracing else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._dropfx_tracer.tracing:
+            self._dropfx_tracer.refuse(f"its forward writes attribute {name!r}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._dropfx_tracer.tracing:
+            self._dropfx_tracer.refuse(f"its forward deletes attribute {name!r}")
+        super().__delattr__(name)
+
+
+class Opaque(nn.Module):
+    """Stands for a module whose Python forward cannot be seen (ScriptModule)."""
+
+
+class Builder:
+    """Copies a module tree once; shared modules, parameters and tied weights stay shared.
+
+    Args:
+        tracer: whom the copies report to.
+        original_class: maps a module to the class that its user wrote.
+    """
+
+    def __init__(self, tracer: Tracer, original_class: Any) -> None:
+        self._tracer = tracer
+        self._original_class = original_class
+        self._memo: dict[int, Any] = {}
+        self._classes: dict[type, type] = {}
+        self.tensors: dict[int, Tensor] = {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._memo:
+            return self._memo[id(module)]  # type: ignore[no-any-return]
+        cls = Opaque if isinstance(module, torch.jit.ScriptModule) else self._original_class(module)
+        copy: Any = object.__new__(self._recorder(cls))
+        self._memo[id(module)] = copy
+        attributes = Opaque().__dict__ if cls is Opaque else module.__dict__
+        copy.__dict__.update({k: self._value(v) for k, v in attributes.items() if not k.startswith("_dropfx")})
+        copy.__dict__.update(_dropfx_tracer=self._tracer, _dropfx_class=cls)
+        return copy  # type: ignore[no-any-return]
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.tensors:
+            self.tensors[id(tensor)] = self._tracer.fake_mode.from_tensor(tensor)
+        return self.tensors[id(tensor)]
+
+    def _recorder(self, cls: type) -> type:
+        if cls not in self._classes:
+            self._classes[cls] = type(cls)(
+                cls.__name__, (Recorder, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+            )
+        return self._classes[cls]
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if type(value) in (list, tuple, set):
+            return type(value)(self._value(v) for v in value)
+        if type(value) in (dict, OrderedDict):
+            return type(value)((k, self._value(v)) for k, v in value.items())
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            return types.MethodType(value.__func__, self.module(value.__self__))
+        return value

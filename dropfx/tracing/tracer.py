@@ -1,0 +1,513 @@
+"""The fx tracer: records a forward without baking in or losing anything (design section 4).
+
+A module becomes opaque, that is, a call that runs as written, when its forward changes grad mode, autocast or
+saved-tensor hooks (checkpoint), branches on random numbers or data, or writes attributes; the trace is then made again
+around it. Everything plain that the trace reads from a module is guarded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _pytree as pytree
+
+from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
+from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
+from dropfx.tracing.skeleton import Builder, Opaque, Recorder
+
+_UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, str, type(None), torch.dtype, torch.device)
+
+
+class Unknown:
+    """The value of what cannot be known before it runs."""
+
+
+UNKNOWN = Unknown()
+
+
+class TraceRefused(Exception):
+    """A module's forward cannot be recorded; `path` is the innermost such module."""
+
+    def __init__(self, reason: str, path: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.path = reason, path
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A plain attribute that the trace read: the trace holds while check(value) == expected."""
+
+    path: str
+    name: str
+    expected: Any
+    check: Callable[[Any], Any] | None = None
+
+
+@dataclasses.dataclass
+class Trace:
+    """A recorded forward.
+
+    Attributes:
+        graph: one placeholder a tensor leaf of the inputs; returns the tuple of the output's leaves.
+        out_spec: pytree structure of the output.
+        guards: what was read of the modules.
+        visited: path -> (class, has hooks or an own forward) of every module met.
+        leaves: path -> reason of the modules that stay calls.
+        exact_shapes: the trace used sizes as numbers.
+    """
+
+    graph: fx.Graph
+    out_spec: pytree.TreeSpec
+    guards: list[Guard]
+    visited: dict[str, tuple[type, bool]]
+    leaves: dict[str, str]
+    exact_shapes: bool
+
+
+def hooked(module: nn.Module) -> bool:
+    """Calling the module does more than its class' forward."""
+    own = module.__dict__
+    return "forward" in own or any(own.get(hooks) for hooks in _HOOKS)
+
+
+def trace(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], original_class: Callable[[nn.Module], type]
+) -> Trace:
+    """Record root's forward on inputs like these; only their kinds and sizes are used.
+
+    Raises:
+        TraceRefused: root's own forward cannot be recorded.
+    """
+    opaque: dict[str, str] = {}
+    while True:
+        tracer = Tracer(root, original_class, opaque)
+        try:
+            return tracer.run(args, kwargs)
+        except TraceRefused as refusal:
+            if not refusal.path or refusal.path in opaque:
+                raise
+            opaque[refusal.path] = refusal.reason
+
+
+class Tracer(fx.Tracer):
+    """One attempt at recording one forward."""
+
+    def __init__(self, root: nn.Module, original_class: Callable[[nn.Module], type], opaque: dict[str, str]) -> None:
+        super().__init__()
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tracing = False
+        self.exact_shapes = False
+        self.opaque = opaque
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self._builder = Builder(self, original_class)
+        self.original = root
+        self.skeleton = self._builder.module(root)
+        self._paths = {id(m): name for name, m in self.skeleton.named_modules()}
+        self._stack: list[tuple[str, type]] = []
+        self._calls: Counter[str] = Counter()
+        self._functional: Counter[str] = Counter()
+        self._guards: dict[tuple[Any, ...], Guard] = {}
+        self._visited: dict[str, tuple[type, bool]] = {}
+        self._leaves: dict[str, str] = {}
+        self._attributes = self._attribute_paths()
+        self._get_attr: dict[str, fx.Node] = {}
+
+    def _attribute_paths(self) -> dict[int, str]:
+        paths: dict[int, str] = {}
+        for path, module in self.skeleton.named_modules():
+            owners = (module._parameters, module._buffers, module.__dict__)
+            for name, value in ((k, v) for owner in owners for k, v in owner.items()):
+                if isinstance(value, Tensor):
+                    paths.setdefault(id(value), f"{path}.{name}" if path else name)
+        return paths
+
+    # -- running the forward -------------------------------------------------------------------------------------
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        leaves, in_spec = pytree.tree_flatten((args, kwargs))
+        proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+        inputs, named = pytree.tree_unflatten(proxies, in_spec)
+        self._modes = _modes()
+        python_random = _random_state()
+        with _Functions(self), _no_custom_functions(), _factories(self), _quiet(), python_isinstance(), self._recording():
+            out = self._inline(self.skeleton, "", inputs, named)
+            results, out_spec = pytree.tree_flatten(out)
+            self.graph.output(tuple(self._result(r) for r in results))
+        if _random_state() != python_random:
+            _restore_random(python_random)
+            raise TraceRefused("its forward draws random numbers", "")
+        self.graph.lint()
+        return Trace(
+            self.graph, out_spec, list(self._guards.values()), self._visited, self._leaves, self.exact_shapes
+        )
+
+    def _placeholder(self, index: int, value: Tensor) -> Proxy:
+        node = self.graph.placeholder(f"input_{index}")
+        node.meta["val"] = self._builder.tensor(value)
+        return TensorProxy(node, self)
+
+    def _result(self, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+            value = self.record("call_function", type(value), (), fields)
+        return self.create_arg(value)
+
+    def _inline(self, module: Any, path: str, args: Any, kwargs: Any) -> Any:
+        self._visit(module, path)
+        self._stack.append((path, module._dropfx_class))
+        self._calls[path] += 1
+        state, contents = _random_state(), _contents(module)
+        try:
+            out = module.forward(*args, **kwargs)
+            if _contents(module) != contents:
+                self.refuse("its forward changes a container among its attributes")
+            if _random_state() != state:
+                _restore_random(state)
+                self.refuse("its forward draws random numbers")
+        except TraceRefused as refusal:
+            refusal.path = path if refusal.path is None else refusal.path
+            raise
+        except Exception as error:
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            raise TraceRefused(f"its forward cannot be traced: {message[0]}", path) from error
+        finally:
+            self._stack.pop()
+        return out
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """A module is called: inline its forward, or record the call."""
+        path = self._paths.get(id(module))
+        if path is None:
+            self.refuse("its forward calls a module that is not among its submodules")
+        reason = self._stays_call(module, path)
+        if reason is None:
+            return self._inline(module, path, args, kwargs)
+        self._visit(module, path)
+        self._leaves[path] = reason
+        self._calls[path] += 1
+        return self.record("call_module", path, args, kwargs)
+
+    def _stays_call(self, module: Any, path: str) -> str | None:
+        original, cls = self._original(path), module._dropfx_class
+        if path in self.opaque:
+            return self.opaque[path]
+        if cls is Opaque:
+            return "it is a ScriptModule"
+        if hooked(original):
+            return "it has hooks" if "forward" not in original.__dict__ else "its instance has a forward of its own"
+        if "_dropfx" in original.__dict__ and original.__dict__["_dropfx"].own:
+            return "it was compiled on its own"
+        if cls in INLINED_MODULES:
+            return None
+        for base in INLINED_MODULES:
+            if isinstance(module, base) and base not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+                return f"it is a subclass of {base.__name__}"
+        if cls.__module__.startswith("torch.nn."):
+            return None if may_drop(module) and not isinstance(module, LEAF_MODULES) else ""
+        return None
+
+    def _original(self, path: str) -> nn.Module:
+        return self.original.get_submodule(path)
+
+    def _visit(self, module: Any, path: str) -> None:
+        self._visited[path] = (module._dropfx_class, bool(path) and hooked(self._original(path)))
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise TraceRefused(reason)
+
+    # -- what the forward reads ----------------------------------------------------------------------------------
+
+    def read(self, module: Recorder, name: str, value: Any) -> Any:
+        """An attribute is read: tensors become live attributes of the graph, plain values are guarded."""
+        path = self._paths.get(id(module))
+        if path is None:
+            return value
+        if isinstance(value, Tensor):
+            return self._attribute(value)
+        if type(value) is float:
+            return LiveFloat(value, path, name, self)
+        if _plain(value):
+            self.guard(path, name, value if not isinstance(value, list) else list(value))
+        return value
+
+    def guard(self, path: str, name: str, expected: Any, check: Callable[[Any], Any] | None = None) -> None:
+        key = (path, name, None if check is None else len(self._guards))
+        self._guards.setdefault(key, Guard(path, name, expected, check))
+
+    def _attribute(self, value: Tensor) -> Any:
+        path = self._attributes.get(id(value))
+        if path is None:
+            self.refuse("its forward uses a tensor that is not an attribute of a module")
+        if path not in self._get_attr:
+            self._get_attr[path] = self._node("get_attr", path, (), {}, value)
+        return TensorProxy(self._get_attr[path], self)
+
+    # -- what the forward does -----------------------------------------------------------------------------------
+
+    def function(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A torch function on proxies."""
+        if is_tensor_method_or_property(func) and not isinstance(func, type(len)):
+            return self.method(func.__name__, args, kwargs)
+        return self.record("call_function", func, args, kwargs)
+
+    def method(self, name: str, args: Any, kwargs: Any) -> Any:
+        return self.record("call_method", name, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """What fx's own Proxy calls for operators."""
+        return self.record(kind, target, args, kwargs)
+
+    def record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Append a node and return its proxy (a structure of proxies where the value is a structure)."""
+        if _modes() != self._modes:
+            self.refuse(_which_mode(self._modes, _modes()))
+        site = self._site(kind, target, args, kwargs)
+        fx_args, fx_kwargs = self.create_arg(tuple(args)), self.create_arg(dict(kwargs))
+        value = self._evaluate(kind, target, fx_args, fx_kwargs)
+        node = self._node(kind, target, fx_args, fx_kwargs, value)
+        if site is not None:
+            node.meta["site"] = site
+        return self._wrap(node, value)
+
+    def _node(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        node = self.graph.create_node(kind, target, args, kwargs)
+        node.meta["val"] = value
+        return node
+
+    def _wrap(self, node: fx.Node, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return TensorProxy(node, self)
+        if isinstance(value, (bool, int, float)) and node.op != "call_module":
+            return ScalarProxy(node, self)
+        if value is None:
+            return None
+        if isinstance(value, (tuple, list)):
+            parts = [
+                self._wrap(self._node("call_function", fx.node.operator.getitem, (node, i), {}, v), v)
+                for i, v in enumerate(value)
+            ]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if type(value) is dict:
+            return {
+                k: self._wrap(self._node("call_function", fx.node.operator.getitem, (node, k), {}, v), v)
+                for k, v in value.items()
+            }
+        node.meta["val"] = UNKNOWN
+        return Proxy(node, self)
+
+    def _site(self, kind: str, target: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
+        """Name and live rate of a dropout."""
+        if kind != "call_function" or target not in DROPOUT_FUNCTIONS:
+            return None
+        path, cls = self._stack[-1]
+        if cls in DROPOUT_MODULES:
+            name = path if self._calls[path] == 1 else f"{path}#{self._calls[path]}"
+        else:
+            self._functional[path] += 1
+            name = f"{path}:dropout_{self._functional[path]}"
+        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        live = (rate.path, rate.name) if isinstance(rate, LiveFloat) else None
+        if isinstance(rate, LiveFloat):
+            rate.tracer = _Mute()  # this use does not freeze it
+        return {"name": name, "rate": rate if isinstance(rate, Proxy) else float(rate), "live": live}
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Proxy):
+            return a.node
+        if isinstance(a, LiveFloat):
+            return a.bake()
+        if isinstance(a, Tensor):
+            return self._attribute(a).node
+        if isinstance(a, nn.Module):
+            self.refuse("its forward passes a module as an argument")
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            self.refuse(f"its forward passes a {type(a).__name__} to an operation")
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """The fake value of a node, on the skeleton; UNKNOWN where only running it would tell."""
+        nodes: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), lambda n: nodes.append(n) or n)  # type: ignore[func-returns-value]
+        if any(n.meta["val"] is UNKNOWN for n in nodes) or isinstance(target, type):
+            return UNKNOWN
+        real_args, real_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        state = _random_state()
+        with self.paused(), self.fake_mode:
+            try:
+                if kind == "call_method":
+                    return getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
+                if kind == "call_module":
+                    module: Any = self.skeleton.get_submodule(target)
+                    return UNKNOWN if module._dropfx_class is Opaque else module.forward(*real_args, **real_kwargs)
+                return target(*real_args, **real_kwargs)
+            except _UNKNOWABLE:
+                return UNKNOWN
+            except Exception:
+                if kind == "call_module":
+                    return UNKNOWN
+                raise
+            finally:
+                _restore_random(state)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        self.tracing = True
+        try:
+            yield
+        finally:
+            self.tracing = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before, self.tracing = self.tracing, False
+        try:
+            yield
+        finally:
+            self.tracing = before
+
+
+class _Mute:
+    """Takes the guards of a rate that stays live."""
+
+    def guard(self, *args: Any) -> None:
+        return None
+
+
+class _Functions(TorchFunctionMode):
+    """Records torch functions that no proxy would see, such as torch.randn(3): nothing becomes a constant."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self._tracer
+        if not tracer.tracing:
+            return func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Proxy) for leaf in leaves):
+            return tracer.function(func, args, kwargs)
+        with tracer.paused(), tracer.fake_mode:
+            out = func(*args, **kwargs)
+        return tracer.function(func, args, kwargs) if isinstance(out, Tensor) else out
+
+
+@contextmanager
+def _factories(tracer: Tracer) -> Iterator[None]:
+    """Let torch.zeros(n, 3) and its kin record a proxied size, which their C argument parser does not take."""
+    names = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros")
+    originals = {name: getattr(torch, name) for name in names}
+
+    def recording(original: Any) -> Any:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if tracer.tracing and any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.record("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return factory
+
+    for name, original in originals.items():
+        setattr(torch, name, recording(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What goes wrong on fake tensors is a reason for `explain`, not a message to the user."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
+def _no_custom_functions() -> Iterator[None]:
+    """Refuse autograd.Function.apply on proxies: inlining it would lose its backward, and C would read a proxy."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise TraceRefused(f"its forward calls an autograd.Function ({cls.__name__})")
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def _plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(type(v) is float or _plain(v) for v in value)
+    return isinstance(value, _PLAIN)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Contents of the module's own plain containers, by identity of their elements."""
+    own = object.__getattribute__(module, "__dict__")
+    return {
+        name: [id(v) for v in (value.values() if isinstance(value, dict) else value)]
+        for name, value in own.items()
+        if type(value) in (list, set, dict) and name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
+def _modes() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in devices)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks
+
+
+def _which_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
+    names = ("grad mode", "inference mode", "autocast", "saved-tensor hooks (activation checkpointing)")
+    return "its forward changes " + next(n for n, a, b in zip(names, before, now, strict=True) if a != b)
+
+
+def _random_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    numbers = None if numpy is None else tuple(numpy.random.get_state()[1].tolist())
+    return random.getstate(), numbers
+
+
+def _restore_random(state: Any) -> None:
+    if _random_state() == state:
+        return
+    random.setstate(state[0])
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, _, *rest = numpy.random.get_state()
+        numpy.random.set_state((kind, numpy.array(state[1], dtype="uint32"), *rest))

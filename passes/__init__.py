@@ -1,0 +1,30 @@
+"""The passes, one a file. `PIPELINE` is their order, read top to bottom."""
+
+if __name__ == "passes":
+    raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
+
+from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.find_sites import find_sites
+from dropfx.passes.fold_scale import fold_scale
+from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.lower import lower
+from dropfx.passes.plan_regions import plan_regions
+from dropfx.passes.rewrite_embedding import rewrite_embedding
+from dropfx.passes.rewrite_linear import rewrite_linear
+from dropfx.passes.rewrite_residual import rewrite_residual
+from dropfx.passes.rewrite_sites import rewrite_sites
+from dropfx.passes.rewrite_views import rewrite_views
+
+PIPELINE = (
+    canonicalize,
+    find_sites,
+    plan_regions,
+    insert_draws,
+    rewrite_sites,
+    rewrite_views,
+    rewrite_linear,
+    rewrite_embedding,
+    rewrite_residual,
+    fold_scale,
+    lower,
+)

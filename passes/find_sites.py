@@ -1,0 +1,93 @@
+"""List the graph's dropouts: axis, rate, and the pattern fitted to each, or the reason why it runs as written."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from dropfx.graphs import argument, value_of
+from dropfx.pass_infra import Context, PassResult, Site
+from dropfx.patterns import PatternRefused
+from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
+
+_UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
+"""Axis of a channel dropout -> rank of its batched input; PyTorch reads other ranks in other ways."""
+
+
+def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
+    """Fill context.sites in graph order; changes nothing."""
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            context.sites += _inside(str(node.target), module.get_submodule(str(node.target)))
+        elif node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
+            context.sites.append(_site(node, context))
+        elif node.op == "call_function" and node.target in OTHER_DROPOUTS and _drops(node):
+            context.sites.append(Site(node.name, _rate(node), reason=OTHER_DROPOUTS[node.target]))
+    for site in context.sites:
+        site.name = _prefixed(context.prefix, site.name)
+    return PassResult(module, False)
+
+
+def _site(node: fx.Node, context: Context) -> Site:
+    known = node.meta.get("site", {"name": node.name, "rate": argument(node, 1, "p", 0.5), "live": None})
+    rate = known["rate"]
+    numeric = isinstance(rate, (int, float))
+    site = Site(known["name"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
+    site.reason = _refusal(node, site) if numeric else "its rate is computed in the forward"
+    value = value_of(node)
+    if not site.reason and value is not None:
+        site.device, site.dtype = value.device, value.dtype
+        try:
+            site.realisation = context.options.pattern.realise(value.shape[site.axis], site.rate)
+        except PatternRefused as refusal:
+            site.reason = str(refusal)
+    return site
+
+
+def _refusal(node: fx.Node, site: Site) -> str:
+    source = argument(node, 0, "input")
+    value = value_of(node)
+    if not 0 < site.rate < 1:
+        return f"its rate is {site.rate:g}"
+    if "pinned" in node.meta:
+        return "it writes into memory that is read elsewhere"
+    if value is None or value_of(source) is None:
+        return "its input's shape is known only when it runs"
+    if isinstance(source, fx.Node) and source.op == "get_attr":
+        return "it drops a weight, which patterns of units do not serve"
+    if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
+        return f"its input has {value.dim()} dimension(s)"
+    return ""
+
+
+def _prefixed(prefix: str, name: str) -> str:
+    """prefix "a.b." + "drop" -> "a.b.drop";  + ":dropout_1" -> "a.b:dropout_1"."""
+    return prefix[:-1] + name if name.startswith((":", "#")) or not name else prefix + name
+
+
+def _drops(node: fx.Node) -> bool:
+    if "dropout_p" in node.kwargs:
+        return node.kwargs["dropout_p"] != 0
+    return argument(node, 2, "training", False) is True
+
+
+def _rate(node: fx.Node) -> float:
+    rate = node.kwargs.get("dropout_p", argument(node, 1, "p", 0.5))
+    return float(rate) if isinstance(rate, (int, float)) else 0.0
+
+
+def _inside(path: str, module: nn.Module) -> list[Site]:
+    """Dropouts that a module of torch.nn keeps to itself."""
+    if isinstance(module, nn.RNNBase) and module.dropout > 0:
+        kind = type(module).__name__
+        return [
+            Site(f"{path}.dropout[{gap}]", module.dropout, reason=f"it lies between the layers of nn.{kind}")
+            for gap in range(module.num_layers - 1)
+        ]
+    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+        return [Site(path, module.dropout, reason="it drops attention probabilities inside nn.MultiheadAttention")]
+    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.training:
+        reason = "alpha dropout keeps mean and variance with values other than 0"
+        return [Site(path, module.p, reason=reason)]
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
+        return [Site(path, module.p, reason=f"{type(module).__name__} is a subclass of a dropout or has hooks")]
+    return []

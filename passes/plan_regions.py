@@ -1,0 +1,125 @@
+"""Decide for each site what is computed compact, and write it on the nodes.
+
+After this pass `node.meta["form"]` says that a node emits compact values, `node.meta["reads"]` in which form it reads
+its operands; both name the site and the axis. A Linear between two sites couples them and is not submodular, so one
+site is cut at a time with the others fixed, in sweeps until nothing changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from dropfx.axis_rules import Axis
+from dropfx.graphs import op_name, value_of
+from dropfx.pass_infra import Context, PassResult, Site
+from dropfx.prices import everything_prices, linear_products, region_prices
+from dropfx.regions import GEMMS, Region, RegionRefused, cut, grow, price
+
+_SWEEPS = 5
+
+
+@dataclass(frozen=True)
+class Form:
+    """Compact on axis `axis`, by the draw of site number `site`."""
+
+    site: int
+    axis: Axis
+
+
+@dataclass
+class _Choice:
+    region: Region
+    compact: set[fx.Node]
+
+
+def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
+    """Choose the compact nodes of every site; sites without gain get their reason."""
+    chosen: dict[int, _Choice] = {}
+    candidates = [i for i, site in enumerate(context.sites) if site.rewritten]
+    for _ in range(_SWEEPS):
+        before = {i: choice.compact for i, choice in chosen.items()}
+        for index in candidates:
+            chosen.pop(index, None)
+            choice = _choose(module, context, index, chosen)
+            if choice is not None:
+                chosen[index] = choice
+        if {i: choice.compact for i, choice in chosen.items()} == before:
+            break
+    for index, choice in chosen.items():
+        _annotate(index, choice)
+    _count_flops(module.graph, context, chosen)
+    return PassResult(module, False)
+
+
+def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[int, _Choice]) -> _Choice | None:
+    site, options = context.sites[index], context.options
+    assert site.realisation is not None
+    taken = {n for c in chosen.values() for n in c.compact if op_name(n) != "linear"}
+    try:
+        region = grow(module, site, taken)
+    except RegionRefused as refusal:
+        site.reason = str(refusal)
+        return None
+    keep = 1 - site.realisation.drawn_rate
+    prices = region_prices(region, keep, lambda node: _keeps(node, context, chosen), context.costs)
+    compact = cut(region, prices if options.min_speedup > 0 else everything_prices(region))
+    site.predicted_speedup = sum(prices.dense.values()) / max(price(region, compact, prices), 1)
+    site.reason = ""
+    if not any(op_name(n) in GEMMS for n in compact):
+        site.reason = _no_gain(region)
+    elif site.predicted_speedup < options.min_speedup:
+        site.reason = (
+            f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={options.min_speedup:g}"
+        )
+    return None if site.reason else _Choice(region, compact)
+
+
+def _no_gain(region: Region) -> str:
+    if any(op_name(n) in GEMMS for n in region.nodes):
+        return "computing its neighbours compact costs more than it saves"
+    return "no Linear or Embedding next to it could skip work"
+
+
+def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple[float, float]:
+    keep_in = keep_out = 1.0
+    for index, choice in chosen.items():
+        if node not in choice.compact:
+            continue
+        realisation = context.sites[index].realisation
+        assert realisation is not None
+        if node in choice.region.sinks:
+            keep_in = 1 - realisation.drawn_rate
+        else:
+            keep_out = 1 - realisation.drawn_rate
+    return keep_in, keep_out
+
+
+def _annotate(index: int, choice: _Choice) -> None:
+    for node in choice.compact:
+        if node in choice.region.forms:
+            node.meta["form"] = Form(index, choice.region.forms[node])
+        wants = choice.region.wants.get(node, {})
+        if wants:
+            node.meta["reads"] = {operand: Form(index, axis) for operand, axis in wants.items()}
+
+
+def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:
+    """FLOPs of the Linears' products, forward and backward: of the model, and around each site."""
+    for node in graph.nodes:
+        if op_name(node) != "linear" or value_of(node) is None:
+            continue
+        m, n, k, products = linear_products(node)
+        keep_in, keep_out = _keeps(node, context, chosen)
+        dense = 2 * m * n * k * products
+        compact = round(dense * keep_in * keep_out)
+        context.flops_dense += dense
+        context.flops_compact += compact
+        for site in _sites_at(node, context, chosen):
+            site.flops_dense += dense
+            site.flops_compact += compact
+
+
+def _sites_at(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> list[Site]:
+    return [context.sites[i] for i, choice in chosen.items() if node in choice.compact]

@@ -1,0 +1,31 @@
+"""embedding(ids, W) -> W[ids][:, cols]: only the kept columns of the looked-up rows are read."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx import ops
+from dropfx.graphs import argument, insert, op_name, value_of
+from dropfx.pass_infra import Context, PassResult
+from dropfx.passes.rewrite_sites import runs_of
+
+
+def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
+    """Replace the Embeddings that the plan made producers."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if op_name(node) != "embedding" or "form" not in node.meta:
+            continue
+        graph = node.graph
+        weight, padding = argument(node, 1, "weight"), argument(node, 2, "padding_idx")
+        value = value_of(weight)
+        assert value is not None
+        padding_idx = -1 if padding is None else padding % value.size(0)
+        with graph.inserting_before(node):
+            runs = runs_of(graph, node.meta["form"], context)
+            args = (argument(node, 0, "input"), weight, *runs, padding_idx)
+            new = insert(graph, ops.embedding_op, args, like=node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        modified = True
+    return PassResult(module, modified)

@@ -1,0 +1,35 @@
+"""linear(x', W, b) -> x' @ W[rows][:, cols]^T + b[rows]        where x' or the output is compact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dropfx import ops
+from dropfx.graphs import argument, insert, op_name
+from dropfx.pass_infra import Context, PassResult
+from dropfx.passes.rewrite_sites import runs_of
+
+
+def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
+    """Replace the Linears that the plan made producers, consumers or both."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if op_name(node) != "linear" or not ("form" in node.meta or "reads" in node.meta):
+            continue
+        graph = node.graph
+        with graph.inserting_before(node):
+            x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+            rows = _runs(graph, node.meta.get("form"), context)
+            cols = _runs(graph, next(iter(node.meta.get("reads", {}).values()), None), context)
+            args = (x, weight, argument(node, 2, "bias"), *rows, *cols, 1.0)
+            new = insert(graph, ops.linear_op, args, like=node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        modified = True
+    return PassResult(module, modified)
+
+
+def _runs(graph: fx.Graph, form: Any, context: Context) -> tuple[Any, Any]:
+    return (None, 0) if form is None else runs_of(graph, form, context)
