@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--draws", type=int, default=3, help="draws to compare (default: 3)")
     checks.set_defaults(run=_check)
     benches = commands.add_parser("bench", help="run a benchmark").add_subparsers(required=True, metavar="NAME")
-    for name, module in bench.load().items():
+    for name in bench.BENCHES:
+        module = bench.load(name)
         measures = benches.add_parser(name, help=(module.__doc__ or "").strip().splitlines()[0])
         module.add_arguments(measures)
         measures.set_defaults(run=module.main)

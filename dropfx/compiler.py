@@ -153,7 +153,7 @@ class State:
 
     def _adopt(self, child: nn.Module, prefix: str) -> bool:
         """Compile a part of the model on its own, where something could be rewritten inside."""
-        lone = type(child) in DROPOUT_MODULES or next(child.children(), None) is None and not _user_code(child)
+        lone = type(child) in DROPOUT_MODULES or (next(child.children(), None) is None and not _user_code(child))
         if "_dropfx" in child.__dict__ or lone or not may_drop(child) or not _swappable(child):
             return False
         _swap(child, State(self.options, prefix, own=False))
@@ -184,23 +184,25 @@ def original_class(module: nn.Module) -> type:
 
 
 @functools.cache
-def _compiled_class(cls: type[nn.Module]) -> type:
+def _compiled_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_dropfx"].call(self, args, kwargs)
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (Compiled, cls), {**names, "forward": forward, "_dropfx_original": cls})
+    names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    metaclass: Any = type(cls)
+    made: type = metaclass(cls.__name__, (Compiled, cls), {**names, "forward": forward, "_dropfx_original": cls})
+    return made
 
 
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
+def _rebuild(cls: Any) -> nn.Module:
     compiled = _compiled_class(cls)
     made: nn.Module = compiled.__new__(compiled)
     return made
 
 
 def _original_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module._dropfx_original.forward(module, *args, **kwargs)  # type: ignore[operator, union-attr]
+    return module._dropfx_original.forward(module, *args, **kwargs)  # type: ignore[union-attr]
 
 
 def _swap(module: nn.Module, state: State) -> None:
@@ -236,7 +238,7 @@ def _swappable(module: nn.Module) -> bool:
 # -- the public face ------------------------------------------------------------------------------------------------
 
 
-def compile(  # noqa: A001 - the name that users know from torch.compile
+def compile(
     model: M,
     *,
     pattern: str | Pattern = "block",
@@ -304,7 +306,9 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidModel(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
-        raise InvalidModel("model: got a ScriptModule, whose forward cannot be traced; compile the module before scripting")
+        raise InvalidModel(
+            "model: got a ScriptModule, whose forward cannot be traced; compile the module before scripting"
+        )
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         raise InvalidModel("model: got the wrapper of torch.compile; use torch.compile(dropfx.compile(model))")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)

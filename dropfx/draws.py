@@ -34,11 +34,15 @@ def site_key(name: str) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser, in place. int64 has no logical shift: the mask clears the copied sign bits."""
-    for shift, multiplier in ((30, _MIX_1), (27, _MIX_2), (31, None)):
-        x ^= (x >> shift) & (2 ** (64 - shift) - 1)
-        if multiplier is not None:
-            x *= multiplier
+    """splitmix64's finaliser, in place, with arithmetic shifts: int64 has no others.
+
+    They cost one bit, since x and ~x collide, and save three of eleven operations, which are what a draw costs.
+    """
+    x ^= x >> 30
+    x *= _MIX_1
+    x ^= x >> 27
+    x *= _MIX_2
+    x ^= x >> 31
     return x
 
 

@@ -18,7 +18,8 @@ Keeps = Callable[[fx.Node], tuple[float, float]]
 def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     """(M, N, K, products) of a Linear: 1 product forward and one for each gradient that is asked of it."""
     x, weight = value_of(argument(node, 0, "input")), value_of(argument(node, 1, "weight"))
-    assert x is not None and weight is not None
+    assert x is not None
+    assert weight is not None
     rows = x.numel() // max(x.size(-1), 1)
     return rows, weight.size(0), weight.size(1), 1 + int(x.requires_grad) + int(weight.requires_grad)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-DROPOUT_FUNCTIONS: dict[Callable[..., Any], int | None] = {
+DROPOUT_FUNCTIONS: dict[Any, int] = {
     F.dropout: -1,
     F.dropout1d: -2,
     F.dropout2d: -3,

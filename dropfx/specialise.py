@@ -1,7 +1,7 @@
 """A specialisation: one compiled forward of one module, and when it holds.
 
-Its key is what the call shows (kinds of inputs, grad mode, autocast); beyond the key it holds while every attribute that
-the trace read, every module that it looked into and the kind of every rate are as they were.
+Its key is what the call shows (kinds of inputs, grad mode, autocast). Beyond the key it holds while every attribute
+that the trace read, every module that it looked into and the kind of every rate are as they were.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
-from dropfx.draws import DrawPlan, draw_number
+from dropfx.draws import Draw, DrawPlan, draw_number
 from dropfx.pass_infra import Context, Options, Site, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.insert_draws import FIELDS
@@ -127,7 +127,7 @@ class Specialisation:
 
     def _inputs(self) -> list[Any]:
         """The draws and live rates, in the order of insert_draws' placeholders."""
-        draws = {}
+        draws: dict[int, Draw] = {}
         for indices, plan in self._plans:
             draws.update(zip(indices, plan.draw(draw_number(plan.device)), strict=True))
         if runtime.frame is not None:
@@ -140,7 +140,7 @@ class Specialisation:
                 inputs.append(self._rates[index])
         return inputs
 
-    def _record(self, draws: dict[int, Any]) -> None:
+    def _record(self, draws: dict[int, Draw]) -> None:
         for index, draw in draws.items():
             site = self.context.sites[index]
             mask = draw.mask(site.dtype)
@@ -177,7 +177,7 @@ def _module_checks(
             parent, _, name = path.rpartition(".")
             module = root.get_submodule(path)
             checks.append((root.get_submodule(parent)._modules, name, module, type(module), had_hooks))
-    return checks  # type: ignore[return-value]
+    return checks
 
 
 def _rate_source(root: nn.Module, site: Site) -> tuple[Any, Any]:

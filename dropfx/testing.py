@@ -47,8 +47,8 @@ def assert_equivalent(
 ) -> None:
     """Check promise 2 on a user's model: exact given the draw.
 
-    A compiled copy and an untouched copy in which `dropout(x) := x * recorded mask` are run in training mode on the same
-    inputs and random numbers; outputs, the gradient of every parameter and floating input, and buffers are compared.
+    A compiled copy, and an untouched copy in which `dropout(x) := x * recorded mask`, are run in training mode on the
+    same inputs and random numbers; outputs, the gradient of every parameter and floating input, and buffers are compared.
     The model itself is not touched.
 
     Args:

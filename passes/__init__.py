@@ -6,6 +6,7 @@ if __name__ == "passes":
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
+from dropfx.passes.functionalize import functionalize
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
@@ -16,6 +17,7 @@ from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_views import rewrite_views
 
 PIPELINE = (
+    functionalize,
     canonicalize,
     find_sites,
     plan_regions,

@@ -66,7 +66,7 @@ def _prefixed(prefix: str, name: str) -> str:
 
 def _drops(node: fx.Node) -> bool:
     if "dropout_p" in node.kwargs:
-        return node.kwargs["dropout_p"] != 0
+        return _rate(node) != 0
     return argument(node, 2, "training", False) is True
 
 

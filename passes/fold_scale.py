@@ -1,6 +1,6 @@
 """linear(x * s, W) -> s * (x @ W^T) + b        base + alpha * (y * s) -> base + s * y, for alpha = 1
 
-Only into an operation that is linear in the scaled value and reads it directly; the scale never moves past gelu or tanh.
+Only into an operation that is linear in the scaled value and reads it directly; the scale never moves past gelu.
 """
 
 from __future__ import annotations

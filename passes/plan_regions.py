@@ -70,9 +70,7 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
     if not any(op_name(n) in GEMMS for n in compact):
         site.reason = _no_gain(region)
     elif site.predicted_speedup < options.min_speedup:
-        site.reason = (
-            f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={options.min_speedup:g}"
-        )
+        site.reason = f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={options.min_speedup:g}"
     return None if site.reason else _Choice(region, compact)
 
 

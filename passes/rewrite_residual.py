@@ -30,7 +30,8 @@ def _rewrite(node: fx.Node, context: Context) -> None:
     first, second = node.args
     compact_first = isinstance(first, fx.Node) and first.meta.get("form") == form
     value = value_of(node)
-    assert value is not None and isinstance(alpha, (int, float))
+    assert value is not None
+    assert isinstance(alpha, (int, float))
     with graph.inserting_before(node):
         base, branch = (second, first) if compact_first else (first, second)
         scale = 1.0 if compact_first else float(alpha if op_name(node) == "add" else -alpha)

@@ -56,17 +56,13 @@ def _take(
     key = (source, form)
     if key not in done:
         graph = source.graph
-        done[key] = insert(
-            graph, ops.take_op, (source, *runs_of(graph, form, context), form.axis.dim), like=dense
-        )
+        done[key] = insert(graph, ops.take_op, (source, *runs_of(graph, form, context), form.axis.dim), like=dense)
         done[key].meta.pop("reads", None)
         done[key].meta["form"] = form
     return done[key]
 
 
-def _put(
-    operand: fx.Node, form: Form, context: Context, done: dict[tuple[fx.Node, Form | None], fx.Node]
-) -> fx.Node:
+def _put(operand: fx.Node, form: Form, context: Context, done: dict[tuple[fx.Node, Form | None], fx.Node]) -> fx.Node:
     key = (operand, None)
     if key not in done:
         graph, value = operand.graph, value_of(operand)

@@ -16,10 +16,9 @@ from dropfx.ops.runs import Runs, put, take
 
 def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int) -> Tensor:
     kept = Runs(cols, run)
-    blocks = kept.blocks(weight.size(1))
-    if blocks is None or not weight.is_contiguous():
+    if not kept.tile(weight.size(1)) or not weight.is_contiguous():
         return take(weight.index_select(0, ids.reshape(-1)), 1, kept).reshape(*ids.shape, kept.width)
-    tiles = ids.reshape(-1, 1) * (weight.size(1) // run) + blocks
+    tiles = ids.reshape(-1, 1) * (weight.size(1) // run) + kept.blocks()
     return weight.view(-1, run).index_select(0, tiles.view(-1)).view(*ids.shape, kept.width)
 
 
@@ -30,11 +29,10 @@ def _embedding_backward(
     flat, where = grad.reshape(-1, kept.width), ids.reshape(-1)
     if padding_idx >= 0:
         flat = flat * (where != padding_idx)[:, None]
-    blocks = kept.blocks(units)
-    if blocks is None:
+    if not kept.tile(units):
         compact = flat.new_zeros(rows, kept.width).index_add(0, where, flat)
         return put(compact, 1, kept, units)
-    tiles = (where[:, None] * (units // run) + blocks).view(-1)
+    tiles = (where[:, None] * (units // run) + kept.blocks()).view(-1)
     return flat.new_zeros(rows * units // run, run).index_add(0, tiles, flat.reshape(-1, run)).view(rows, units)
 
 
@@ -75,7 +73,7 @@ class _Embedding(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _grad(ctx, grad, _embedding_backward)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dropfx.ops.define import define, eager, first_derivative_only
-from dropfx.ops.runs import Runs, put, put_weight, runs, take, take_weight, tile_index
+from dropfx.ops.runs import KeptWeight, put, runs, take
 
 _CHUNKS = 4
 """Parts in which a compact weight gradient is computed and scattered: bounds its memory, keeps it in cache."""
@@ -30,10 +30,10 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return a @ b if scale == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, rows: Runs | None, scale: float) -> Tensor:
+def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, scale: float) -> Tensor:
     if x.size(-1) != compact.size(1):
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
-    kept_bias = bias if bias is None or rows is None else take(bias, 0, rows)
+    kept_bias = bias if bias is None or kept.rows is None else take(bias, 0, kept.rows)
     if scale == 1.0:
         return F.linear(x, compact, kept_bias)
     flat = x.reshape(-1, x.size(-1))
@@ -45,45 +45,33 @@ def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, rows: Runs | None,
     return out.view(*x.shape[:-1], out.size(1))
 
 
-def _weight_gradient(
-    dy: Tensor, x: Tensor, rows: Runs | None, cols: Runs | None, weight: Tensor, scale: float
-) -> Tensor:
-    shape = (weight.size(0), weight.size(1))
-    tiles = None if torch.is_grad_enabled() or (rows is None and cols is None) else tile_index(rows, cols, shape)
+def _weight_gradient(dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
+    tiles = None if torch.is_grad_enabled() else kept.tiles
     if tiles is None:
-        return put_weight(_scaled_mm(dy.t(), x, scale).to(weight.dtype), rows, cols, shape)
+        return kept.put(_scaled_mm(dy.t(), x, scale).to(kept.dtype))
     index, width = tiles
-    dense = weight.new_zeros(shape)
+    dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype)
     into = dense.view(-1, width)
     step = max(-(-dy.size(1) // _CHUNKS), _MIN_CHUNK)
     for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
-        into.index_copy_(0, where, _scaled_mm(part.t(), x, scale).view(-1, width).to(weight.dtype))
+        into.index_copy_(0, where, _scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))
     return dense
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    compact: Tensor | None,
-    rows: Runs | None,
-    cols: Runs | None,
-    scale: float,
-    mask: tuple[bool, bool, bool] | list[bool],
+    grad: Tensor, x: Tensor | None, compact: Tensor | None, kept: KeptWeight, scale: float, bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (x, weight, bias) where `mask` asks for them; `compact` is the kept weight, if still at hand."""
+    """Gradients of the input (where `compact`, the kept weight, is given), of the weight (where x is), of the bias."""
     dy = grad.reshape(-1, grad.size(-1))
     dx = dw = db = None
-    if mask[0]:
-        if compact is None:
-            compact = take_weight(weight, rows, cols)
-        dx = _scaled_mm(dy, compact.to(dy.dtype), scale).view(x.shape).to(x.dtype)
-    del compact  # before the dense gradient is allocated
-    if mask[1]:
-        dw = _weight_gradient(dy, x.reshape(-1, x.size(-1)).to(dy.dtype), rows, cols, weight, scale)
-    if mask[2]:
-        db = dy.sum(0).to(weight.dtype)
-        db = db if rows is None else put(db, 0, rows, weight.size(0))
+    if compact is not None:
+        dx = _scaled_mm(dy, compact.to(dy.dtype), scale).view(*grad.shape[:-1], compact.size(1))
+        del compact  # before the dense gradient is allocated
+    if x is not None:
+        dw = _weight_gradient(dy, x.reshape(-1, x.size(-1)).to(dy.dtype), kept, scale)
+    if bias:
+        db = dy.sum(0).to(kept.dtype)
+        db = db if kept.rows is None else put(db, 0, kept.rows, kept.n)
     return dx, dw, db
 
 
@@ -97,8 +85,8 @@ def _linear(
     col_run: int,
     scale: float,
 ) -> Tensor:
-    kept_rows = runs(rows, row_run)
-    return _forward(x, take_weight(weight, kept_rows, runs(cols, col_run)), bias, kept_rows, scale)
+    kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
+    return _forward(x, kept.take(weight), bias, kept, scale)
 
 
 def _linear_fake(
@@ -125,9 +113,14 @@ def _linear_backward(
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = _backward(grad, x, weight, None, runs(rows, row_run), runs(cols, col_run), scale, mask)
-    dx, dw, db = (x.new_empty(0) if g is None else g for g in wanted)
-    return dx, dw, db
+    kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
+    compact = kept.take(weight) if mask[0] else None
+    dx, dw, db = _backward(grad, x if mask[1] else None, compact, kept, scale, mask[2])
+    return (
+        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        weight.new_empty(0) if dw is None else dw,
+        weight.new_empty(0) if db is None else db,
+    )
 
 
 def _linear_backward_fake(
@@ -198,21 +191,25 @@ class _Linear(torch.autograd.Function):
         col_run: int,
         scale: float,
     ) -> Tensor:
-        kept_rows = runs(rows, row_run)
-        compact = take_weight(weight, kept_rows, runs(cols, col_run))
-        out = _forward(x, compact, bias, kept_rows, scale)
-        _save(ctx, (x, weight, bias, rows, row_run, cols, col_run, scale), out)
-        # for the input gradient; a second backward (retain_graph) gathers anew
-        ctx.compact = [compact] if ctx.mask[0] else []
-        return out
+        ctx.kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
+        compact = ctx.kept.take(weight)
+        ctx.scale, ctx.dtype = scale, x.dtype
+        wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
+        # the kept weight serves the input gradient; a second backward (retain_graph) gathers anew
+        ctx.compact = [compact] if wants_x else []
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _forward(x, compact, bias, ctx.kept, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight, rows, cols = ctx.saved_tensors
-        # with create_graph the kept weight must be part of the graph
-        compact = ctx.compact.pop() if ctx.compact and not torch.is_grad_enabled() else None
-        kept_rows, kept_cols = runs(rows, ctx.row_run), runs(cols, ctx.col_run)
-        return *_backward(grad, x, weight, compact, kept_rows, kept_cols, ctx.scale, ctx.mask), *[None] * 5
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        compact = None
+        if weight is not None:
+            # with create_graph the kept weight must be part of the graph
+            reuse = ctx.compact and not torch.is_grad_enabled()
+            compact = ctx.compact.pop() if reuse else ctx.kept.take(weight)
+        dx, dw, db = _backward(grad, x, compact, ctx.kept, ctx.scale, ctx.wants_bias)
+        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 5
 
 
 eager(linear_op, _Linear)

@@ -25,14 +25,13 @@ def _residual_add(base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, u
     kept = Runs(starts, run)
     dtype = torch.result_type(base, y)
     dense = base.to(dtype).expand(shape)
-    blocks = kept.blocks(units)
-    if blocks is None:
+    if not kept.tile(units):
         return dense + put(y * alpha, dim, kept, units)
     out = dense.clone(memory_format=torch.contiguous_format)
     tiled = out.unflatten(dim, (-1, run))
     axis = dim % len(shape)
     total = torch.add(take(dense, dim, kept), y, alpha=alpha).unflatten(dim, (-1, run))
-    tiled.index_copy_(axis, blocks, total)
+    tiled.index_copy_(axis, kept.blocks(), total)
     return out
 
 
@@ -60,9 +59,7 @@ def _backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
     return base, y, *[None] * 5
 
 
-torch.library.register_autograd(
-    residual_add_op, lambda ctx, grad: _backward(ctx, grad, take_op), setup_context=_save
-)
+torch.library.register_autograd(residual_add_op, lambda ctx, grad: _backward(ctx, grad, take_op), setup_context=_save)
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -73,9 +70,8 @@ class _ResidualAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return _backward(ctx, grad, EAGER[take_op])
 
 
 eager(residual_add_op, _ResidualAdd)
-

@@ -8,6 +8,7 @@ Legend: N, K dense sizes of a weight's rows and columns; N', K' compact ones; b 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,12 @@ class Runs(NamedTuple):
         """Start of the one run, where reading it costs no device synchronisation."""
         return int(self.starts) if self.starts.numel() == 1 and self.starts.device.type == "cpu" else None
 
-    def blocks(self, units: int) -> Tensor | None:
+    def tile(self, units: int) -> bool:
+        """Whether the runs are blocks that the axis divides into."""
+        return self.starts.numel() > 1 and units % self.run == 0
+
+    def blocks(self) -> Tensor:
         """Indices of the kept blocks, where the runs tile the axis."""
-        if self.starts.numel() == 1 or units % self.run:
-            return None
         return self.starts if self.run == 1 else self.starts // self.run
 
     def units(self, units: int) -> Tensor:
@@ -42,7 +45,7 @@ class Runs(NamedTuple):
         if self.run == 1:
             return self.starts
         positions = (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).view(-1)
-        return positions if self.blocks(units) is not None else positions % units
+        return positions if self.tile(units) else positions % units
 
 
 def runs(starts: Tensor | None, run: int) -> Runs | None:
@@ -59,11 +62,11 @@ def take(x: Tensor, dim: int, kept: Runs) -> Tensor:
             return x.narrow(dim, start, kept.run)
         tail = units - start
         return torch.cat([x.narrow(dim, start, tail), x.narrow(dim, 0, kept.run - tail)], dim)
-    blocks = kept.blocks(units)
-    if blocks is None or kept.run == 1:
+    if not kept.tile(units) or kept.run == 1:
         return x.index_select(dim, kept.units(units))
     dim %= x.dim()
-    return x.unflatten(dim, (-1, kept.run)).index_select(dim, blocks).flatten(dim, dim + 1)
+    tiled: Tensor = x.unflatten(dim, (-1, kept.run))
+    return tiled.index_select(dim, kept.blocks()).flatten(dim, dim + 1)
 
 
 def put(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
@@ -72,15 +75,14 @@ def put(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
     start = kept.window()
     if start is not None:
         return _put_window(y, dim, start, units)
-    blocks = kept.blocks(units)
-    if blocks is None:
+    if not kept.tile(units):
         # padding of a ragged block wraps onto kept units, where it must add its zeros and not overwrite
         return y.new_zeros(_resized(y, dim, units)).index_add(dim, kept.units(units), y)
     if kept.run == 1:
-        return y.new_zeros(_resized(y, dim, units)).index_copy(dim, blocks, y)
-    tiled = y.unflatten(dim, (-1, kept.run))
+        return y.new_zeros(_resized(y, dim, units)).index_copy(dim, kept.starts, y)
+    tiled: Tensor = y.unflatten(dim, (-1, kept.run))
     dense = tiled.new_zeros(_resized(tiled, dim, units // kept.run))
-    return dense.index_copy(dim, blocks, tiled).flatten(dim, dim + 1)
+    return dense.index_copy(dim, kept.blocks(), tiled).flatten(dim, dim + 1)
 
 
 def _put_window(y: Tensor, dim: int, start: int, units: int) -> Tensor:
@@ -98,36 +100,42 @@ def _resized(x: Tensor, dim: int, size: int) -> list[int]:
     return [size if d == dim else s for d, s in enumerate(x.shape)]
 
 
-def tile_index(rows: Runs | None, cols: Runs | None, shape: tuple[int, int]) -> tuple[Tensor, int] | None:
-    """Flat index of the kept tiles of a contiguous [N, K] weight seen as [N * K/b, b], with b.
+class KeptWeight:
+    """The kept rows and columns of a weight [N, K]; None keeps all of an axis."""
 
-    None where the columns have no runs worth copying whole.
-    """
-    n, k = shape
-    device = (rows or cols).starts.device  # type: ignore[union-attr]
-    row_units = torch.arange(n, device=device) if rows is None else rows.units(n)
-    if cols is None:
-        return (row_units, k) if rows is None or rows.blocks(n) is not None else None
-    blocks = cols.blocks(k)
-    if blocks is None or cols.run < MIN_RUN or (rows is not None and rows.blocks(n) is None):
-        return None
-    return (row_units[:, None] * (k // cols.run) + blocks).view(-1), cols.run
+    def __init__(self, weight: Tensor, rows: Runs | None, cols: Runs | None) -> None:
+        self.rows, self.cols = rows, cols
+        self.n, self.k = weight.shape
+        self.dtype = weight.dtype
+        self.partial = rows is not None or cols is not None
 
+    @cached_property
+    def tiles(self) -> tuple[Tensor, int] | None:
+        """Flat index of the kept tiles in the weight seen as [N * K/b, b], with b; built once a draw.
 
-def take_weight(weight: Tensor, rows: Runs | None, cols: Runs | None) -> Tensor:
-    """W [N, K] -> W[rows][:, cols] [N', K']."""
-    if rows is None and cols is None:
-        return weight
-    tiles = tile_index(rows, cols, (weight.size(0), weight.size(1))) if weight.is_contiguous() else None
-    if tiles is None:
-        out = weight if rows is None else take(weight, 0, rows)
-        return out if cols is None else take(out, 1, cols)
-    index, width = tiles
-    height = weight.size(0) if rows is None else rows.width
-    return weight.view(-1, width).index_select(0, index).view(height, -1)
+        None where the axes have no runs worth copying whole.
+        """
+        rows, cols = self.rows, self.cols
+        if not self.partial or (rows is not None and not rows.tile(self.n)):
+            return None
+        if cols is None:
+            return (rows.units(self.n), self.k) if rows is not None else None
+        if cols.run < MIN_RUN or not cols.tile(self.k):
+            return None
+        units = torch.arange(self.n, device=cols.starts.device) if rows is None else rows.units(self.n)
+        return (units[:, None] * (self.k // cols.run) + cols.blocks()).view(-1), cols.run
 
+    def take(self, weight: Tensor) -> Tensor:
+        """W [N, K] -> W[rows][:, cols] [N', K']; a view where the runs are windows that do not wrap."""
+        tiles = self.tiles if weight.is_contiguous() else None
+        if tiles is None:
+            out = weight if self.rows is None else take(weight, 0, self.rows)
+            return out if self.cols is None else take(out, 1, self.cols)
+        index, width = tiles
+        height = self.n if self.rows is None else self.rows.width
+        return weight.view(-1, width).index_select(0, index).view(height, -1)
 
-def put_weight(grad: Tensor, rows: Runs | None, cols: Runs | None, shape: tuple[int, int]) -> Tensor:
-    """G [N', K'] -> dense [N, K] with exact zeros at the dropped rows and columns."""
-    out = grad if cols is None else put(grad, 1, cols, shape[1])
-    return out if rows is None else put(out, 0, rows, shape[0])
+    def put(self, grad: Tensor) -> Tensor:
+        """G [N', K'] -> [N, K] with exact zeros at the dropped rows and columns."""
+        out = grad if self.cols is None else put(grad, 1, self.cols, self.k)
+        return out if self.rows is None else put(out, 0, self.rows, self.n)

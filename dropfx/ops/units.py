@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import define, eager, fresh
+from dropfx.ops.define import EAGER, define, eager, fresh
 from dropfx.ops.runs import Runs, put, take
 
 
@@ -60,8 +60,8 @@ class _Take(torch.autograd.Function):
         return _take(x, starts, run, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _Put.apply(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return EAGER[put_op](grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units), None, None, None
 
 
 class _Put(torch.autograd.Function):
@@ -71,8 +71,8 @@ class _Put(torch.autograd.Function):
         return put(y, dim, Runs(starts, run), units)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _Take.apply(grad, *ctx.saved_tensors, ctx.run, ctx.dim), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return EAGER[take_op](grad, *ctx.saved_tensors, ctx.run, ctx.dim), None, None, None, None
 
 
 eager(take_op, _Take)

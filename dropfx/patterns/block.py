@@ -47,13 +47,13 @@ class Block(Pattern):
             fit = _fit(units, rate, size)
             if abs(fit.drawn_rate - rate) <= MAX_RATE_ERROR:
                 return fit
+        nearest = _fit(units, rate, 1).drawn_rate
         raise PatternRefused(
-            f"no block size draws {units} units at rate {rate:g} to within {MAX_RATE_ERROR} (nearest: {fit.drawn_rate:.3g})"
+            f"{units} units meet rate {rate:g} no nearer than {nearest:.3g}, allowed is {MAX_RATE_ERROR}"
         )
 
     def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        kept = hashes.argsort(dim=1)[:, : realisation.count].sort(dim=1)[0]
-        return kept * realisation.run
+        return hashes.argsort(dim=1)[:, : realisation.count] * realisation.run
 
 
 def _fit(units: int, rate: float, size: int) -> Realisation:

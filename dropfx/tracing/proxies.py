@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import fx
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class TensorProxy(Proxy):
         return int(self.size(0))
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(int(self.size(0))))
+        return (operator.getitem(self, i) for i in range(int(self.size(0))))
 
 
 class ScalarProxy(Proxy):
@@ -225,4 +224,3 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
 for _name in ("neg", "pos", "abs", "int", "float", "round", "trunc"):
     if _name != "float":
         setattr(LiveFloat, f"__{_name}__", _arithmetic(f"__{_name}__"))
-

@@ -30,7 +30,7 @@ class Recorder:
         tracer = self._dropfx_tracer
         if tracer.tracing:
             return tracer.call(self, args, kwargs)
-        return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
+        return self.forward(*args, **kwargs)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)

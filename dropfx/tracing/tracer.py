@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import random
 import sys
 import warnings
@@ -148,7 +149,14 @@ class Tracer(fx.Tracer):
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
         self._modes = _modes()
         python_random = _random_state()
-        with _Functions(self), _no_custom_functions(), _factories(self), _quiet(), python_isinstance(), self._recording():
+        with (
+            _Functions(self),
+            _no_custom_functions(),
+            _factories(self),
+            _quiet(),
+            python_isinstance(),
+            self._recording(),
+        ):
             out = self._inline(self.skeleton, "", inputs, named)
             results, out_spec = pytree.tree_flatten(out)
             self.graph.output(tuple(self._result(r) for r in results))
@@ -156,9 +164,7 @@ class Tracer(fx.Tracer):
             _restore_random(python_random)
             raise TraceRefused("its forward draws random numbers", "")
         self.graph.lint()
-        return Trace(
-            self.graph, out_spec, list(self._guards.values()), self._visited, self._leaves, self.exact_shapes
-        )
+        return Trace(self.graph, out_spec, list(self._guards.values()), self._visited, self._leaves, self.exact_shapes)
 
     def _placeholder(self, index: int, value: Tensor) -> Proxy:
         node = self.graph.placeholder(f"input_{index}")
@@ -281,6 +287,8 @@ class Tracer(fx.Tracer):
         if _modes() != self._modes:
             self.refuse(_which_mode(self._modes, _modes()))
         site = self._site(kind, target, args, kwargs)
+        if site is not None and site["live"] is not None:  # this use does not freeze the rate
+            args, kwargs = pytree.tree_map(lambda a: float(a) if isinstance(a, LiveFloat) else a, (args, kwargs))
         fx_args, fx_kwargs = self.create_arg(tuple(args)), self.create_arg(dict(kwargs))
         value = self._evaluate(kind, target, fx_args, fx_kwargs)
         node = self._node(kind, target, fx_args, fx_kwargs, value)
@@ -302,13 +310,13 @@ class Tracer(fx.Tracer):
             return None
         if isinstance(value, (tuple, list)):
             parts = [
-                self._wrap(self._node("call_function", fx.node.operator.getitem, (node, i), {}, v), v)
+                self._wrap(self._node("call_function", operator.getitem, (node, i), {}, v), v)
                 for i, v in enumerate(value)
             ]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if type(value) is dict:
             return {
-                k: self._wrap(self._node("call_function", fx.node.operator.getitem, (node, k), {}, v), v)
+                k: self._wrap(self._node("call_function", operator.getitem, (node, k), {}, v), v)
                 for k, v in value.items()
             }
         node.meta["val"] = UNKNOWN
@@ -326,8 +334,6 @@ class Tracer(fx.Tracer):
             name = f"{path}:dropout_{self._functional[path]}"
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         live = (rate.path, rate.name) if isinstance(rate, LiveFloat) else None
-        if isinstance(rate, LiveFloat):
-            rate.tracer = _Mute()  # this use does not freeze it
         return {"name": name, "rate": rate if isinstance(rate, Proxy) else float(rate), "live": live}
 
     def create_arg(self, a: Any) -> Any:
@@ -386,13 +392,6 @@ class Tracer(fx.Tracer):
             yield
         finally:
             self.tracing = before
-
-
-class _Mute:
-    """Takes the guards of a rate that stays live."""
-
-    def guard(self, *args: Any) -> None:
-        return None
 
 
 class _Functions(TorchFunctionMode):

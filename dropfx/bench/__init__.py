@@ -1,0 +1,16 @@
+"""Benchmarks behind `dropfx bench NAME`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+BENCHES = {
+    "mlp": "dropfx.bench.mlp",
+    "fidelity": "dropfx.bench.fidelity",
+}
+
+
+def load(name: str) -> ModuleType:
+    """The bench's module, with `add_arguments(parser)` and `main(args) -> int`; KeyError for an unknown name."""
+    return importlib.import_module(BENCHES[name])

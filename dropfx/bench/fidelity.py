@@ -1,0 +1,187 @@
+"""`dropfx bench fidelity`: test accuracy of structured patterns against PyTorch's dropout, paired by seed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+import dropfx
+from dropfx.bench import arguments, datasets, malloc, report
+from dropfx.bench.datasets import Dataset
+from dropfx.bench.training import batches, evaluate, mlp, sgd, train_step
+from dropfx.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NONE, BERNOULLI = "none", "bernoulli"
+VARIANTS = (NONE, BERNOULLI, "block", "slice")
+# one-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom
+_T95 = (
+    *(6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812),
+    *(1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725),
+    *(1.721, 1.717, 1.714, 1.711, 1.708, 1.706, 1.703, 1.701, 1.699, 1.697),
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Accuracy lost against PyTorch's dropout, in points: mean over the seeds and its one-sided upper 95% bound."""
+
+    mean: float
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Accuracies in percent of one data set: of each variant, by seed."""
+
+    dataset: str
+    seeds: list[int]
+    accuracy: dict[str, list[float]]
+
+    def loss(self, variant: str) -> Loss:
+        return paired_loss(self.accuracy[BERNOULLI], self.accuracy[variant])
+
+
+def paired_loss(reference: Sequence[float], accuracy: Sequence[float]) -> Loss:
+    """Paired t: mean of reference - accuracy, plus t(.95, n - 1) standard errors; no bound from a single pair."""
+    lost = [a - b for a, b in zip(reference, accuracy, strict=True)]
+    mean = statistics.mean(lost)
+    if len(lost) < 2:
+        return Loss(mean, None)
+    quantile = _T95[min(len(lost) - 1, len(_T95)) - 1]
+    return Loss(mean, mean + quantile * statistics.stdev(lost) / math.sqrt(len(lost)))
+
+
+def prepare(variant: str, sizes: Sequence[int], rate: float) -> nn.Module:
+    """The net of a variant: `none`, `bernoulli`, or a pattern's name, with `@G` for G groups.
+
+    Raises:
+        InvalidOption: unknown pattern, or groups that are no number.
+    """
+    if variant in (NONE, BERNOULLI):
+        return mlp(sizes, None if variant == NONE else rate)
+    pattern, _, groups = variant.partition("@")
+    if groups and not groups.isdigit():
+        raise InvalidOption(f"variant {variant!r}: expected PATTERN or PATTERN@GROUPS, such as block@4")
+    model = mlp(sizes, rate)
+    dropfx.compile(model, pattern=pattern, groups=int(groups or 1))
+    return model
+
+
+def train(variant: str, data: Dataset, seed: int, args: argparse.Namespace, epochs: int) -> float:
+    """Test accuracy in percent, the mean over the last fifth of the epochs (one epoch's result is noisy).
+
+    The seed sets weights and batch order, alike for every variant, and the masks.
+    """
+    torch.manual_seed(seed)
+    model = prepare(variant, args.net, args.rate)
+    optimizer = sgd(model)
+    order = torch.Generator().manual_seed(seed)
+    accuracies = []
+    for epoch in range(epochs):
+        for images, labels in batches(data.train, args.batch, order):
+            train_step(model, optimizer, images, labels)
+        if epoch >= epochs - max(1, epochs // 5):
+            accuracies.append(evaluate(model, data.test)[1])
+    return 100 * statistics.mean(accuracies)
+
+
+def compare(data: Dataset, epochs: int, args: argparse.Namespace, progress: Progress) -> Outcome:
+    """All variants with all seeds on one data set."""
+    variants = list(dict.fromkeys([BERNOULLI, *args.variants]))
+    task = progress.add_task(data.name, total=args.seeds * len(variants))
+    accuracy: dict[str, list[float]] = {variant: [] for variant in variants}
+    for seed in range(args.seeds):
+        for variant in variants:
+            progress.update(task, description=f"{data.name}, seed {seed}, {variant}")
+            accuracy[variant].append(train(variant, data, seed, args, epochs))
+            progress.advance(task)
+    return Outcome(data.name, list(range(args.seeds)), accuracy)
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """A row a data set and variant."""
+    result = Table(title="Test accuracy against PyTorch dropout, paired by seed")
+    for heading in ("data", "dropout", "accuracy %", "lost, points", "upper 95% bound"):
+        result.add_column(heading, justify="left" if heading in ("data", "dropout") else "right")
+    for outcome in outcomes:
+        for variant, values in outcome.accuracy.items():
+            loss = outcome.loss(variant)
+            lost = "" if variant == BERNOULLI else f"{loss.mean:+.2f}"
+            bound = "" if variant == BERNOULLI or loss.bound is None else f"{loss.bound:+.2f}"
+            result.add_row(outcome.dataset, variant, f"{statistics.mean(values):.2f}", lost, bound)
+    return result
+
+
+def _draw(outcomes: Sequence[Outcome], axes: Sequence[Axes]) -> None:
+    for axis, outcome in zip(axes, outcomes, strict=True):
+        for place, (_variant, values) in enumerate(outcome.accuracy.items()):
+            axis.scatter([place] * len(values), values, s=18, color="#2a6f97", alpha=0.6)
+            axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="#d1495b")
+        axis.set_xticks(range(len(outcome.accuracy)), list(outcome.accuracy))
+        axis.set_title(f"{outcome.dataset}, {len(outcome.seeds)} seeds", fontsize=10)
+    axes[0].set_ylabel("test accuracy, %")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `dropfx bench fidelity`."""
+    parser.add_argument("--data", action="append", metavar="DIR", help="also this data set, idx files (repeatable)")
+    parser.add_argument("--net", type=arguments.net, default=(784, 2048, 2048, 10), help="(784-2048-2048-10)")
+    parser.add_argument("--rate", type=arguments.rate, default=0.5, help="drop rate (default: .5)")
+    parser.add_argument("--batch", type=arguments.positive, default=128, help="batch size (default: 128)")
+    parser.add_argument("--seeds", type=arguments.positive, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--epochs", type=arguments.positive, default=30, help="of the embedded data (default: 30)")
+    parser.add_argument("--data-epochs", type=arguments.positive, default=5, help="of each DIR (default: 5)")
+    parser.add_argument("--samples", type=arguments.natural, default=0, help="training images, 0: all (default)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        metavar="NAME",
+        help="none, bernoulli, or a pattern, with @G for G groups (default: none bernoulli block slice)",
+    )
+    parser.add_argument("--out", default="dropfx-bench", metavar="DIR", help="folder of fidelity.json, .md, .png")
+    arguments.add_malloc(parser)
+
+
+@malloc.tuned
+def main(args: argparse.Namespace) -> int:
+    """Trains all variants, prints the table and writes JSON, Markdown and a chart. Returns the exit status."""
+    console = Console()
+    runs = [(datasets.load(), args.epochs)]
+    runs += [(datasets.load(folder), args.data_epochs) for folder in args.data or []]
+    folder = Path(args.out)
+    outcomes = []
+    with Progress(console=console) as progress:
+        for data, epochs in runs:
+            outcomes.append(compare(data.head(args.samples), epochs, args, progress))
+            # after each data set: a long run that ends early keeps what it has
+            report.write_json(folder / "fidelity.json", _content(outcomes, args))
+    console.print(table(outcomes))
+    report.write_markdown(folder / "fidelity.md", table(outcomes))
+    console.print(report.chart(folder / "fidelity.png", len(outcomes), partial(_draw, outcomes)), highlight=False)
+    console.print(f"figures: {folder / 'fidelity.json'}", highlight=False)
+    return 0
+
+
+def _content(outcomes: Sequence[Outcome], args: argparse.Namespace) -> dict[str, object]:
+    settings = ("net", "rate", "batch", "epochs", "data_epochs", "samples")
+    losses = [{name: asdict(outcome.loss(name)) for name in outcome.accuracy} for outcome in outcomes]
+    return {
+        "settings": {name: getattr(args, name) for name in settings},
+        "outcomes": [{**asdict(outcome), "loss": loss} for outcome, loss in zip(outcomes, losses, strict=True)],
+    }

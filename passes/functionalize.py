@@ -1,0 +1,194 @@
+"""relu_(x); use(x) -> y = relu(x); use(y)        also where `use` reads a view of x, or x is itself a view
+
+What aliases what is read off the storages of the fake values. A write that has no functional form, or into memory from
+outside of the graph, stays as it is, and all that shares its memory is pinned: no later pass makes it compact.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from dropfx.graphs import argument, op_name, value_of, writes_in_place
+from dropfx.pass_infra import Context, PassResult
+from dropfx.sites import DROPOUT_FUNCTIONS
+
+_NO_FUNCTIONAL_FORM = frozenset(
+    {"copy_", "fill_", "zero_", "set_", "resize_", "as_strided_", "detach_", "requires_grad_", "setitem"}
+    | {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
+    | {"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+)
+_REPLAYABLE = (
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "t",
+    "getitem",
+)
+_INVERTIBLE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+
+
+@dataclass(frozen=True)
+class _Reread:
+    """Users of an alias that must read it anew: the written value viewed as `ancestor`, then through `steps`."""
+
+    alias: fx.Node
+    users: list[fx.Node]
+    ancestor: fx.Node
+    steps: list[fx.Node]
+
+
+def functionalize(module: fx.GraphModule, context: Context) -> PassResult:
+    """Replace writes in place by functional operations, and redirect later reads of the value and its views."""
+    modified = False
+    for node in list(module.graph.nodes):
+        if writes_in_place(node):
+            modified |= _functionalize(module.graph, node)
+    return PassResult(module, modified)
+
+
+def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
+    target = argument(node, 0, "input")
+    aliases = _aliases(graph, target)
+    form = _functional(node) if aliases is not None else None
+    if aliases is None or form is None:
+        _pin(graph, node, target)
+        return False
+    later = _later(node)
+    rereads = []
+    for alias in aliases - {node, target}:
+        users = [user for user in alias.users if user in later]
+        path = _path(target, alias, aliases) if users else None
+        if path is not None:
+            rereads.append(_Reread(alias, users, *path))
+        elif users:
+            _pin(graph, node, target)
+            return False
+    _replace(graph, node, target, form, rereads, later)
+    return True
+
+
+def _replace(
+    graph: fx.Graph,
+    node: fx.Node,
+    target: fx.Node,
+    form: tuple[Any, Any, Any],
+    rereads: list[_Reread],
+    later: set[fx.Node],
+) -> None:
+    with graph.inserting_before(node):
+        new = graph.create_node(node.op, *form)
+        new.meta = dict(node.meta)
+        values = {reread.alias: _view_anew(graph, new, target, reread) for reread in rereads}
+    for user in [user for user in target.users if user in later]:
+        user.replace_input_with(target, new)
+    for reread in rereads:
+        for user in reread.users:
+            user.replace_input_with(reread.alias, values[reread.alias])
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _view_anew(graph: fx.Graph, new: fx.Node, target: fx.Node, reread: _Reread) -> fx.Node:
+    value = new
+    if reread.ancestor is not target:
+        value = graph.call_method("view_as", (new, reread.ancestor))
+        value.meta = dict(reread.ancestor.meta)
+    for step in reread.steps:
+        copies = {step.args[0]: value}
+        value = graph.node_copy(step, lambda n, copies=copies: copies.get(n, n))  # type: ignore[misc]
+    return value
+
+
+def _path(target: fx.Node, alias: fx.Node, aliases: set[fx.Node]) -> tuple[fx.Node, list[fx.Node]] | None:
+    """How to get `alias` from `target`: up through reshapes to a common ancestor, then down through views."""
+    ancestors = [target]
+    while op_name(ancestors[-1]) in _INVERTIBLE and ancestors[-1].args[0] in aliases:
+        ancestors.append(ancestors[-1].args[0])  # type: ignore[arg-type]
+    down: list[fx.Node] = []
+    step = alias
+    while step not in ancestors:
+        if op_name(step) not in _REPLAYABLE or step.args[0] not in aliases:
+            return None
+        down.insert(0, step)
+        step = step.args[0]  # type: ignore[assignment]
+    return step, down
+
+
+def _functional(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """(target, args, kwargs) of the operation without the write, None where it has no such form."""
+    name = op_name(node)
+    if name in _NO_FUNCTIONAL_FORM or "out" in node.kwargs:
+        return None
+    if name.endswith("_"):
+        plain = name[:-1]
+        owner = Tensor if node.op == "call_method" else torch
+        if not hasattr(owner, plain):
+            return None
+        target = plain if node.op == "call_method" else getattr(torch, plain)
+        return (target, node.args, node.kwargs) if _keeps_type(node) else None
+    if name.startswith("i") and hasattr(operator, name) and node.target is getattr(operator, name):
+        return (getattr(operator, name[1:]), node.args, node.kwargs) if _keeps_type(node) else None
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    if "inplace" in node.kwargs:
+        return node.target, node.args, kwargs
+    if node.target in DROPOUT_FUNCTIONS:
+        return node.target, (*node.args[:3], False), kwargs
+    return node.target, tuple(False if a is True else a for a in node.args), kwargs
+
+
+def _keeps_type(node: fx.Node) -> bool:
+    """Whether the functional form has the written tensor's dtype and shape (in place neither can change)."""
+    values = [v for a in node.all_input_nodes if (v := value_of(a)) is not None]
+    first = values[0]
+    tensors = all(torch.result_type(first, v) == first.dtype for v in values[1:])
+    scalars = all(torch.result_type(first, a) == first.dtype for a in node.args[1:] if isinstance(a, (int, float)))
+    return tensors and scalars
+
+
+def _storage(value: Tensor) -> int:
+    return int(StorageWeakRef(value.untyped_storage()).cdata)
+
+
+def _aliases(graph: fx.Graph, target: object) -> set[fx.Node] | None:
+    """Nodes that share memory with target; None where memory from outside of the graph is among them."""
+    value = value_of(target)
+    if value is None:
+        return None
+    storage = _storage(value)
+    found = set()
+    for node in graph.nodes:
+        other = value_of(node)
+        if other is not None and _storage(other) == storage:
+            if node.op in ("placeholder", "get_attr", "call_module"):
+                return None
+            found.add(node)
+    return found
+
+
+def _pin(graph: fx.Graph, node: fx.Node, target: object) -> None:
+    """A write that stays: all that shares its memory stays dense."""
+    node.meta["pinned"] = True
+    value = value_of(target)
+    for other in graph.nodes:
+        shared = value_of(other)
+        if value is not None and shared is not None and _storage(shared) == _storage(value):
+            other.meta["pinned"] = True
+
+
+def _later(node: fx.Node) -> set[fx.Node]:
+    later = set()
+    while node.next.op != "root":
+        node = node.next
+        later.add(node)
+    return later
