@@ -166,7 +166,7 @@ def _order(node: fx.Node) -> list[int] | None:
     value = value_of(node.args[0])
     if value is None:
         return None
-    probe = torch.empty(range(2, 2 + value.dim()), device="meta")
+    probe = torch.empty(tuple(range(2, 2 + value.dim())), device="meta")
     rest = node.args[1:]
     if node.op == "call_method":
         out = getattr(probe, str(node.target))(*rest, **node.kwargs)

@@ -43,10 +43,10 @@ class State:
         opaque: why the forward runs as written, "" where it is traced.
     """
 
-    def __init__(self, options: Options, prefix: str = "", own: bool = True) -> None:
+    def __init__(self, options: Options, prefix: str = "", own: bool = True, quiet: bool = False) -> None:
         self.options, self.prefix, self.own = options, prefix, own
         self.opaque = ""
-        self.warned = False
+        self.warned = quiet
         self.cache: OrderedDict[tuple[Any, ...], list[Specialisation]] = OrderedDict()
         self._modules: list[nn.Module] | None = None
 

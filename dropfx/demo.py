@@ -173,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
     )
     ways = make_ways(sizes, args.rate, args.seed)
     train(ways, data, args.epochs, args.batch, console)
-    console.print(table(ways, f"{data.name}, after {args.epochs} epochs"))
+    console.print(table(ways, f"{data.name}, after epoch {args.epochs}"))
     console.print(report.describe(report.machine()), highlight=False)
     console.print(report.chart(Path(args.out), 2, partial(_draw, ways, data.name)), highlight=False)
     return 0

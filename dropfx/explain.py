@@ -140,7 +140,7 @@ def explain(
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     trial = training_copy(model)
-    _swap(trial, State(checked))
+    _swap(trial, State(checked, quiet=True))
     args, named = copy_inputs((inputs, kwargs or {}))
     with torch.random.fork_rng(), numbers_of_their_own():
         try:
@@ -170,6 +170,10 @@ def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
         InvalidModel: the model cannot be copied.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
+    for module in model.modules():
+        for leaf in pytree.tree_leaves(list(vars(module).values())):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()  # an activation that the forward keeps: deepcopy refuses it
     try:
         trial = copy.deepcopy(model, memo)
     except Exception as error:

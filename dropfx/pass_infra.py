@@ -48,7 +48,7 @@ class Site:
     axis: int = -1
     realisation: Realisation | None = None
     reason: str = ""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     flops_dense: int = 0
     flops_compact: int = 0

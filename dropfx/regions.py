@@ -1,7 +1,7 @@
 """Regions: the part of the graph around a site that could be computed compact, and the cut that chooses.
 
 The choice is a binary labelling, compact or dense, of minimum total cost: a minimum s-t cut with the source on the
-compact side. An arc a -> b is paid when a is compact and b dense; no capacity stands for infinite.
+compact side. An arc a -> b is paid when a is compact and b dense.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dropfx.axis_rules import Axis, rule_of
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Site
 
+_INFINITE = float("inf")  # given, not left out: adding an edge again keeps an earlier capacity
 GEMMS = ("linear", "embedding")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")
 
@@ -199,7 +200,7 @@ class Prices:
 def cut(region: Region, prices: Prices) -> set[fx.Node]:
     """The nodes to compute compact, at minimum cost, given that the site is rewritten."""
     graph = nx.DiGraph()
-    graph.add_edge("compact", region.site)
+    graph.add_edge("compact", region.site, capacity=_INFINITE)
     for node in region.nodes:
         graph.add_edge(node, "dense", capacity=prices.compact[node])
         if node is not region.site:
@@ -217,7 +218,7 @@ def cut(region: Region, prices: Prices) -> set[fx.Node]:
 def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.Node, prices: Prices) -> None:
     """`reader`, if compact, reads `value` compact: a take if the value is dense."""
     taken = ("take", value)
-    graph.add_edge(reader, taken)
+    graph.add_edge(reader, taken, capacity=_INFINITE)
     graph.add_edge(taken, value if value in region.forms else "dense", capacity=prices.take[value])
     if value in region.forms:
         _read_dense(graph, region, value, reader, prices)
@@ -226,10 +227,10 @@ def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.
 def _read_dense(graph: nx.DiGraph, region: Region, value: fx.Node, reader: Any, prices: Prices) -> None:
     """`reader`, if dense, reads `value` dense: a put if the value is compact, impossible before the site."""
     if value in region.before:
-        graph.add_edge(value, reader)
+        graph.add_edge(value, reader, capacity=_INFINITE)
         return
     graph.add_edge(value, ("put", value), capacity=prices.put[value])
-    graph.add_edge(("put", value), reader)
+    graph.add_edge(("put", value), reader, capacity=_INFINITE)
 
 
 def price(region: Region, compact: set[fx.Node], prices: Prices) -> int:

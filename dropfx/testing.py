@@ -48,8 +48,8 @@ def assert_equivalent(
     """Check promise 2 on a user's model: exact given the draw.
 
     A compiled copy, and an untouched copy in which `dropout(x) := x * recorded mask`, are run in training mode on the
-    same inputs and random numbers; outputs, the gradient of every parameter and floating input, and buffers are compared.
-    The model itself is not touched.
+    same inputs and random numbers. Outputs, the gradient of every parameter and floating input, and buffers are
+    compared. The model itself is not touched.
 
     Args:
         model: any module, compiled or not.
@@ -64,7 +64,7 @@ def assert_equivalent(
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
-    _swap(compiled, State(checked))
+    _swap(compiled, State(checked, quiet=True))
     with torch.random.fork_rng():
         seed = torch.seed()
         with record() as masks, numbers_of_their_own():

@@ -147,7 +147,7 @@ first_derivative_only(linear_backward_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, rows, ctx.row_run, cols, ctx.col_run, ctx.scale = inputs
+    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale = inputs
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     ctx.save_for_backward(x, weight, rows, cols)
 

@@ -88,7 +88,9 @@ class Builder:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.tensors:
-            self.tensors[id(tensor)] = self._tracer.fake_mode.from_tensor(tensor)
+            # a non-leaf's history is not part of the trace, and asking it for .grad warns
+            leaf = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
+            self.tensors[id(tensor)] = self._tracer.fake_mode.from_tensor(leaf)
         return self.tensors[id(tensor)]
 
     def _recorder(self, cls: type) -> type:

@@ -147,24 +147,22 @@ class Tracer(fx.Tracer):
         leaves, in_spec = pytree.tree_flatten((args, kwargs))
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
-        self._modes = _modes()
         python_random = _random_state()
-        with (
-            _Functions(self),
-            _no_custom_functions(),
-            _factories(self),
-            _quiet(),
-            python_isinstance(),
-            self._recording(),
-        ):
-            out = self._inline(self.skeleton, "", inputs, named)
-            results, out_spec = pytree.tree_flatten(out)
-            self.graph.output(tuple(self._result(r) for r in results))
+        with _outside_of_checkpoints(), _Functions(self), _no_custom_functions(), _factories(self), _quiet():
+            self._modes = _modes()
+            out_spec = self._record_forward(inputs, named)
         if _random_state() != python_random:
             _restore_random(python_random)
             raise TraceRefused("its forward draws random numbers", "")
         self.graph.lint()
         return Trace(self.graph, out_spec, list(self._guards.values()), self._visited, self._leaves, self.exact_shapes)
+
+    def _record_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> pytree.TreeSpec:
+        with python_isinstance(), self._recording():
+            out = self._inline(self.skeleton, "", args, kwargs)
+            results, out_spec = pytree.tree_flatten(out)
+            self.graph.output(tuple(self._result(r) for r in results))
+        return out_spec
 
     def _placeholder(self, index: int, value: Tensor) -> Proxy:
         node = self.graph.placeholder(f"input_{index}")
@@ -412,6 +410,11 @@ class _Functions(TorchFunctionMode):
         with tracer.paused(), tracer.fake_mode:
             out = func(*args, **kwargs)
         return tracer.function(func, args, kwargs) if isinstance(out, Tensor) else out
+
+
+def _outside_of_checkpoints() -> Any:
+    """Hide saved-tensor hooks from the trace: activation checkpointing counts what is saved."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 @contextmanager

@@ -1,0 +1,142 @@
+"""Timing in turns, exact peaks, the ceiling's formula, the paired bound, and processes with other malloc settings."""
+
+import argparse
+import json
+import os
+import time
+
+import pytest
+import torch
+from rich.table import Table
+
+from dropfx import bench
+from dropfx.bench import arguments, fidelity, harness, malloc, mlp, report
+from dropfx.bench.training import mlp as make_mlp
+from dropfx.bench.training import sgd, train_step
+from dropfx.errors import InvalidOption
+
+
+def test_contenders_take_turns_and_none_is_always_first():
+    order = []
+    steps = {name: lambda name=name: order.append(name) or time.sleep(0.001) for name in "abc"}
+    times = harness.interleave(steps, rounds=3, turn_seconds=0)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_ratio_is_paired_by_round_and_takes_the_faster_baseline():
+    times = {"slow": [4.0, 8.0, 40.0], "fast": [2.0, 4.0, 20.0], "mine": [1.0, 2.0, 5.0]}
+    ratio = harness.ratio(times, "mine", ["slow", "fast"])
+    assert ratio.baseline == "fast"
+    assert ratio.median == 2
+    assert (ratio.low, ratio.high) == (2, 3)
+
+
+def test_peak_memory_counts_every_byte_once():
+    kept = []
+
+    def step():
+        x = torch.empty(1000)  # 4,000 bytes
+        y = torch.empty(500)  # 2,000 more: the peak
+        del x
+        kept.append(y)
+        torch.empty(250)
+
+    assert harness.peak_memory(step) == 6000
+    # a block that an earlier profile saw must not shift the level
+    assert harness.peak_memory(step) == 6000
+    assert harness.peak_memory(lambda: None) == 0
+
+
+def test_peak_memory_of_a_training_step():
+    model = make_mlp((64, 128, 8), None)
+    optimizer = sgd(model)
+    images, labels = torch.randn(4, 64), torch.zeros(4, dtype=torch.long)
+    train_step(model, optimizer, images, labels)
+    optimizer.zero_grad(set_to_none=True)
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    peak = harness.peak_memory(lambda: train_step(model, optimizer, images, labels))
+    assert gradients < peak < 2 * gradients
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((784, 2048, 2048, 10), (1.87, 3.32, 7.50)), ((784, 4096, 4096, 10), (1.94, 3.59, 8.76))],
+)
+def test_flop_ceiling(sizes, expected):
+    for rate, value in zip((0.3, 0.5, 0.7), expected, strict=True):
+        assert mlp.flop_ceiling(sizes, [1 - rate] * 2) == pytest.approx(value, abs=0.006)
+
+
+def test_default_cases_leave_out_the_large_net_at_the_small_batch():
+    cases = mlp.cases(None, None, [0.5])
+    assert [(case.sizes[1], case.batch) for case in cases] == [(2048, 128), (2048, 1024), (4096, 1024)]
+    assert len(mlp.cases([(8, 8, 2)], [4, 8], [0.3, 0.5])) == 4
+
+
+def test_paired_bound():
+    # differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(.95, 2) = 2.920
+    loss = fidelity.paired_loss([91.0, 92.0, 93.0], [90.0, 90.0, 90.0])
+    assert loss.mean == pytest.approx(2)
+    assert loss.bound == pytest.approx(2 + 2.920 / 3**0.5)
+    assert fidelity.paired_loss([1.0], [0.5]).bound is None
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(InvalidOption, match="block@4"):
+        fidelity.prepare("block@many", (8, 8, 2), 0.5)
+    with pytest.raises(InvalidOption, match="nonsense"):
+        fidelity.prepare("nonsense", (8, 8, 2), 0.5)
+
+
+@pytest.mark.parametrize("text", ["784", "784-10", "784-x-10", "784-0-10", ""])
+def test_nets_are_checked(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no net"):
+        arguments.net(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1", "-.5", "half", "nan"])
+def test_rates_are_checked(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no drop rate"):
+        arguments.rate(text)
+
+
+def test_malloc_settings_reach_a_fresh_process(monkeypatch):
+    for name in malloc.SETTINGS:
+        monkeypatch.setenv(name, "1")
+    assert malloc.in_fresh_process(True, os.getenv, "MALLOC_TRIM_THRESHOLD_") == "8589934592"
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "1"
+    assert not malloc.is_tuned()
+
+
+def test_report_files(tmp_path):
+    table = Table(title="times")
+    table.add_column("net")
+    table.add_row("784-10")
+    report.write_markdown(tmp_path / "new" / "a.md", table)
+    text = (tmp_path / "new" / "a.md").read_text()
+    assert "**times**" in text
+    assert "| 784-10 |" in text
+    assert table.title == "times"
+    report.write_json(tmp_path / "a.json", {"x": 1})
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["x"] == 1
+    assert content["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", list(bench.BENCHES))
+def test_every_bench_runs_small(name, tmp_path, capsys):
+    module = bench.load(name)
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    small = {
+        "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
+        "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block slice",
+    }[name]
+    args = parser.parse_args([*small.split(), "--malloc", "system", "--out", str(tmp_path)])
+    assert module.main(args) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{end}" for end in ("json", "md", "png")]
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert content["machine"]["cores"] == os.cpu_count()
+    printed = capsys.readouterr().out
+    assert {"mlp": "speed-up", "fidelity": "accuracy"}[name] in printed

@@ -1,0 +1,28 @@
+"""The catalogue `CASES`: name -> small model. The models live in files by meaning."""
+
+from __future__ import annotations
+
+from tests import (
+    models_arguments,
+    models_attention,
+    models_hooks,
+    models_inplace,
+    models_modules,
+    models_python,
+    models_regions,
+    models_units,
+)
+from tests.case import CASES, Case
+
+FILES = (
+    models_regions,
+    models_units,
+    models_inplace,
+    models_modules,
+    models_attention,
+    models_python,
+    models_arguments,
+    models_hooks,
+)
+
+__all__ = ["CASES", "Case"]

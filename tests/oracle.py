@@ -1,0 +1,303 @@
+"""The oracle: a model run with every `dropout(x) := x * m`, and the comparison of two runs.
+
+It shares no code with the library. It takes the original model and recorded masks (site name -> dense multiplier),
+replaces `F.dropout` and its channel forms by the multiplication, and names each call as the library's public
+face does: module path, `path#2` for a second call, `path:dropout_1` for functional calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+Masks = dict[str, Tensor]
+
+# Allowed |actual - expected|, as a share of the largest expected value of the same tensor.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A tensor that is small beside its kind (a key bias' gradient is zero but for rounding) is measured against this share
+# of the largest value of the kind.
+SMALL = 1e-3
+
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUT_FUNCTIONS: dict[Callable[..., Any], Callable[..., tuple[Tensor, float, bool, bool]]] = {
+    F.dropout: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
+    F.dropout1d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
+    F.dropout2d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
+    F.dropout3d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
+    torch.dropout: lambda input, p, train: (input, p, train, False),
+    torch.dropout_: lambda input, p, train: (input, p, train, True),
+}
+
+
+class UnrecordedSite(AssertionError):
+    """A live dropout for which no mask was recorded."""
+
+
+class SitePaths:
+    """Where a forward is: the module path, how often each module was called, the functional dropouts of each path."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.paths = WeakIdKeyDictionary({module: path for path, module in root.named_modules()})
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.calls: Counter[str] = Counter()
+        self.functional: Counter[str] = Counter()
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        path = self.paths.get(module, "?")
+        self.calls[path] += 1
+        self.stack.append((path, module))
+
+    def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        self.stack.pop()
+
+    def site_name(self) -> str:
+        path, module = self.stack[-1]
+        if type(module) in DROPOUT_MODULES:
+            calls = self.calls[path]
+            return path if calls == 1 else f"{path}#{calls}"
+        self.functional[path] += 1
+        return f"{path}:dropout_{self.functional[path]}"
+
+
+class ReplaceDropout(TorchFunctionMode):
+    """`dropout(x) := x * masks[site]` for every live dropout; `left_alone` sites keep PyTorch's own."""
+
+    def __init__(self, paths: SitePaths, masks: Masks, left_alone: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.paths, self.masks, self.left_alone = paths, masks, left_alone
+        self.used: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in DROPOUT_FUNCTIONS:
+            return func(*args, **kwargs)
+        name = self.paths.site_name()
+        x, p, training, inplace = DROPOUT_FUNCTIONS[func](*args, **kwargs)
+        if name in self.masks:
+            self.used.add(name)
+            return multiply(x, self.masks[name], inplace, name)
+        if not training or p in (0, 1) or self.left_alone(name):
+            return func(*args, **kwargs)
+        raise UnrecordedSite(f"site {name!r} (p={p}) is live and has no mask; recorded: {sorted(self.masks)}")
+
+
+def multiply(x: Tensor, mask: Tensor, inplace: bool, name: str) -> Tensor:
+    """x * mask, rounded once to x's dtype; in place where the site is."""
+    assert torch.broadcast_shapes(x.shape, mask.shape) == x.shape, f"{name}: mask {mask.shape} for x {x.shape}"
+    if inplace:
+        return x.mul_(mask)
+    return (x * mask).to(x.dtype)
+
+
+@contextlib.contextmanager
+def replaced_dropout(
+    model: nn.Module, masks: Masks, left_alone: Callable[[str], bool] = lambda name: False
+) -> Iterator[ReplaceDropout]:
+    """Forwards of `model` inside run with the recorded masks; checkpoints run plainly, without a second forward."""
+    paths = SitePaths(model)
+    handles = [
+        register_module_forward_pre_hook(paths.enter),
+        register_module_forward_hook(paths.leave, always_call=True),
+    ]
+    try:
+        plain = mock.patch.object(torch.utils.checkpoint, "checkpoint", plain_call)
+        with plain, ReplaceDropout(paths, masks, left_alone) as mode:
+            yield mode
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`torch.utils.checkpoint.checkpoint` without the checkpoint."""
+    own = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
+    return function(*args, **{name: value for name, value in kwargs.items() if name not in own})
+
+
+@dataclasses.dataclass
+class Outcome:
+    """All that a training step of a model leaves behind, flattened to `path -> value`."""
+
+    outputs: dict[str, Any]
+    inputs: dict[str, Any]
+    input_grads: dict[str, Any]
+    grads: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+def run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    around: contextlib.AbstractContextManager[Any] | None = None,
+    input_grad: bool = True,
+) -> Outcome:
+    """One forward (inside `around`) and one backward with fixed cotangents; the caller's tensors are not touched."""
+    args, kwargs = fresh((args, kwargs or {}), input_grad)
+    model.zero_grad(set_to_none=True)
+    with around or contextlib.nullcontext():
+        output = model(*args, **kwargs)
+    outputs, inputs = flatten(output), flatten((args, kwargs))
+    terms = [
+        (value.to(torch.float64) * cotangent(value, i)).sum()
+        for i, value in enumerate(outputs.values())
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    if terms:
+        torch.stack(terms).sum().backward()
+    return Outcome(
+        outputs={path: detached(value) for path, value in outputs.items()},
+        inputs={path: detached(value) for path, value in inputs.items()},
+        input_grads={path: value.grad for path, value in inputs.items() if isinstance(value, Tensor) and value.is_leaf},
+        grads={path: parameter.grad for path, parameter in model.named_parameters()},
+        buffers={path: buffer.clone() for path, buffer in model.named_buffers()},
+        parameters={path: detached(parameter) for path, parameter in model.named_parameters()},
+    )
+
+
+def oracle_run(
+    original: nn.Module,
+    masks: Masks,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    consume: bool | None = None,
+    left_alone: Callable[[str], bool] = lambda name: False,
+    input_grad: bool = True,
+) -> Outcome:
+    """What a compiled model must leave behind, given the draw.
+
+    `consume`: take the one number that a compiled call takes from the generator, so that other random operations and
+    the sites left alone draw alike; by default where any mask was recorded.
+    """
+    set_seed(seed)
+    if bool(masks) if consume is None else consume:
+        consume_one_number()
+    replaced = replaced_dropout(original, masks, left_alone)
+    return run(original, args, kwargs, around=replaced, input_grad=input_grad)
+
+
+def set_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def consume_one_number() -> None:
+    torch.empty((), dtype=torch.int64).random_()
+
+
+def fresh(tree: Any, input_grad: bool) -> Any:
+    """A deep copy; floating leaves require grad. One tensor given twice stays one tensor."""
+    tree = copy.deepcopy(tree)
+    for value in flatten(tree).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_(input_grad)
+    return tree
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """`path -> leaf` of nested dicts, tuples, lists and dataclasses; the container's type is a leaf of its own."""
+    if isinstance(tree, dict):
+        children = [(f"{path}[{key!r}]", value) for key, value in tree.items()]
+    elif isinstance(tree, (tuple, list)):
+        children = [(f"{path}[{i}]", value) for i, value in enumerate(tree)]
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        children = [(f"{path}.{field.name}", getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+    else:
+        return {path: tree}
+    flat: dict[str, Any] = {f"{path}<type>": type(tree)}
+    for child, value in children:
+        flat |= flatten(value, child)
+    return flat
+
+
+def detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def cotangent(value: Tensor, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+
+
+def compare(actual: Outcome, expected: Outcome, dtype: torch.dtype) -> None:
+    """Assert that two outcomes agree to `TOLERANCE[dtype]`, and that gradients are exactly zero at dropped places."""
+    problems: list[str] = []
+    for field in dataclasses.fields(Outcome):
+        got, want = getattr(actual, field.name), getattr(expected, field.name)
+        problems += [f"{field.name}{line}" for line in differences(got, want, TOLERANCE[dtype])]
+    for path, want in expected.grads.items():
+        problems += [f"grads {path}: {line}" for line in missing_zeros(actual.grads.get(path), want)]
+    assert not problems, "\n".join(problems)
+
+
+def differences(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> Iterator[str]:
+    """One line for each leaf that differs."""
+    if list(actual) != list(expected):
+        yield f": {list(actual)} instead of {list(expected)}"
+        return
+    overall = max((largest(value) for value in expected.values()), default=0.0)
+    for path, want in expected.items():
+        line = difference(actual[path], want, tolerance, floor=SMALL * overall)
+        if line:
+            yield f" {path}: {line}"
+
+
+def difference(actual: Any, expected: Any, tolerance: float, floor: float) -> str:
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        same = actual is expected or (type(actual) is type(expected) and actual == expected)
+        return "" if same else f"{actual!r} instead of {expected!r}"
+    for what in ("shape", "dtype", "layout"):
+        if getattr(actual, what) != getattr(expected, what):
+            return f"{what} {getattr(actual, what)} instead of {getattr(expected, what)}"
+    actual, expected = dense(actual), dense(expected)
+    if not expected.is_floating_point():
+        return "" if torch.equal(actual, expected) else "differs"
+    if not torch.isfinite(actual).all():
+        return "is not finite"
+    error = largest(actual.double() - expected.double())
+    scale = max(largest(expected), floor)
+    return "" if error <= tolerance * scale else f"error {error:.3g} at scale {scale:.3g}, allowed {tolerance:g} of it"
+
+
+def missing_zeros(actual: Tensor | None, expected: Tensor | None) -> Iterator[str]:
+    """Where a whole row or column of the expected gradient is exactly zero (a dropped unit), so must it be here.
+
+    Vectors are left out: one gradient of a bias may be zero by cancellation.
+    """
+    if actual is None or expected is None or actual.shape != expected.shape or expected.dim() < 2:
+        return
+    actual, expected = dense(actual), dense(expected)
+    for axis in range(expected.dim()):
+        dropped = (expected == 0).all([other for other in range(expected.dim()) if other != axis])
+        wrong = int(actual.index_select(axis, dropped.nonzero().flatten()).count_nonzero())
+        if wrong:
+            yield f"{wrong} values at dropped places of axis {axis} are not exactly zero"
+
+
+def dense(value: Tensor) -> Tensor:
+    return value.to_dense() if value.layout != torch.strided else value
+
+
+def largest(value: Any) -> float:
+    """The largest absolute value; 0 for what is no floating tensor or has no elements."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return 0.0
+    return float(dense(value).detach().double().abs().max())
