@@ -6,6 +6,7 @@ drops or the forward cannot be traced; in the latter case the children are compi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -21,7 +22,7 @@ from dropfx.errors import InvalidInput, InvalidModel, NoDropoutWarning
 from dropfx.options import make_options
 from dropfx.pass_infra import Options
 from dropfx.patterns import Pattern
-from dropfx.runtime import KeepAll, runtime
+from dropfx.runtime import runtime
 from dropfx.sites import DROPOUT_MODULES, may_drop
 from dropfx.specialise import Specialisation, key_of
 from dropfx.tracing import TraceRefused
@@ -61,7 +62,7 @@ class State:
         if not self._drops(module):
             return _original_forward(module, args, kwargs)
         if runtime.disabled:
-            with KeepAll():
+            with runtime.keeping_all():
                 return _original_forward(module, args, kwargs)
         with runtime.outermost():
             return self._call(module, args, kwargs)
@@ -187,7 +188,10 @@ def original_class(module: nn.Module) -> type:
 def _compiled_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_dropfx"].call(self, args, kwargs)
+        state = self.__dict__.get("_dropfx")
+        if state is None:  # made by type(self)(...), as slicing a Sequential does
+            return cls.forward(self, *args, **kwargs)
+        return state.call(self, args, kwargs)
 
     names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)
@@ -270,6 +274,8 @@ def compile(
         InvalidOption (ValueError): an option is unknown or not accepted.
         InvalidInput (ValueError): the example inputs do not fit the model.
     """
+    if example_kwargs is not None and not isinstance(example_kwargs, dict):
+        raise InvalidInput(f"example_kwargs: got {type(example_kwargs).__name__}, accepted is a dict of keyword inputs")
     options = make_options(pattern, block, groups, lowering, min_speedup, **unknown)
     _check_model(model)
     if not may_drop(model):
@@ -338,12 +344,11 @@ def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         key = key_of(leaves)
         if key is None:
             raise InvalidInput("example_inputs: accepted are tensors, plain Python values and containers of these")
-        state.specialise(model, args, kwargs, (spec, *key))
-    except TraceRefused as refusal:
-        if _fails_as_written(model, args, kwargs) is not None:
-            error = _fails_as_written(model, args, kwargs)
-            _restore(model)
-            raise InvalidInput(f"example_inputs: {type(model).__name__}.forward fails on them: {error}") from refusal
+        error = _fails_as_written(model, args, kwargs)
+        if error is not None:
+            raise InvalidInput(f"example_inputs: {type(model).__name__}.forward fails on them: {error}") from error
+        with contextlib.suppress(TraceRefused):  # its parts are traced in the first training call
+            state.specialise(model, args, kwargs, (spec, *key))
     except InvalidInput:
         _restore(model)
         raise

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
 from dropfx.options import make_options
 from dropfx.pass_infra import Options, Site
 from dropfx.runtime import numbers_of_their_own
+from dropfx.tracing import random_state, restore_random
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def explain(
     trial = training_copy(model)
     _swap(trial, State(checked, quiet=True))
     args, named = copy_inputs((inputs, kwargs or {}))
-    with torch.random.fork_rng(), numbers_of_their_own():
+    with torch.inference_mode(False), torch.enable_grad(), generators_kept(), numbers_of_their_own():
         try:
             trial(*args, **named)
         except DropfxError:
@@ -187,6 +192,24 @@ def copy_inputs(inputs: Any) -> Any:
     return pytree.tree_map_only(
         Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if not t.is_sparse else t, inputs
     )
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore the states of PyTorch's, Python's and NumPy's random generators on leaving."""
+    state = random_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        restore_random(state)
+
+
+def seed_others(seed: int) -> None:
+    """Seed Python's and NumPy's generators."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
 
 
 def _report(trial: nn.Module, options: Options) -> Report:

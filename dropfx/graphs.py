@@ -58,7 +58,7 @@ def writes_in_place(node: fx.Node) -> bool:
         name in _OPERATOR_INPLACE
         or (name.endswith("_") and not name.endswith("__"))
         or node.kwargs.get("inplace") is True
-        or "out" in node.kwargs
+        or node.kwargs.get("out") is not None
         or (name in _POSITIONAL_INPLACE and argument(node, _POSITIONAL_INPLACE[name], "inplace") is True)
     )
 

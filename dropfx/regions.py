@@ -20,6 +20,7 @@ from dropfx.pass_infra import Site
 
 _INFINITE = float("inf")  # given, not left out: adding an edge again keeps an earlier capacity
 GEMMS = ("linear", "embedding")
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")
 
 
@@ -37,6 +38,7 @@ class Region:
         wants: node -> operand -> the form in which it reads that operand when it is compact.
         before: the nodes of `forms` that precede the site.
         sinks: consumers, which read compact and emit dense: Linear, residual add.
+        probabilities: the site drops the outcome of a softmax over its units.
     """
 
     site: fx.Node
@@ -44,6 +46,7 @@ class Region:
     wants: dict[fx.Node, dict[fx.Node, Axis]] = field(default_factory=dict)
     before: set[fx.Node] = field(default_factory=set)
     sinks: set[fx.Node] = field(default_factory=set)
+    probabilities: bool = False
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -75,8 +78,7 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
         if node in region.forms or node in taken or "pinned" in node.meta or "site" in node.meta:
             continue
         name, rule = op_name(node), rule_of(node)
-        if name in _SOFTMAX:
-            _refuse_attention(node, at)
+        region.probabilities |= name in _SOFTMAX and _over_units(node, at)
         if name in GEMMS and at == Axis(-1) and _gatherable(node):
             region.forms[node] = at
             region.wants.setdefault(node, {})
@@ -89,10 +91,9 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
         region.before.add(node)
 
 
-def _refuse_attention(node: fx.Node, axis: Axis) -> None:
+def _over_units(node: fx.Node, axis: Axis) -> bool:
     dim, value = argument(node, 1, "dim"), value_of(node)
-    if isinstance(dim, int) and value is not None and dim % value.dim() == value.dim() + axis.dim:
-        raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
+    return isinstance(dim, int) and value is not None and dim % value.dim() == value.dim() + axis.dim
 
 
 def _gatherable(node: fx.Node) -> bool:
@@ -110,11 +111,11 @@ def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> 
         if not read:
             continue
         _refuse_batch_statistics(module, node)
-        if "pinned" in node.meta or "site" in node.meta:
-            continue
+        if region.probabilities and op_name(node) in _PRODUCTS:
+            raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
         if op_name(node) == "linear":
             _linear_consumer(region, node, read)
-        elif node in taken:
+        elif "pinned" in node.meta or "site" in node.meta or node in taken:
             continue
         elif (at := _unitwise_after(region, node, read, zeros)) is not None:
             region.forms[node] = at

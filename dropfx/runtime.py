@@ -23,8 +23,18 @@ class _Runtime:
         self.records: list[list[Masks]] = []
         self.frame: Masks | None = None
         self.disabled = 0
+        self.keeping = 0
         self.own_numbers = 0
         self.traces = 0
+
+    @contextmanager
+    def keeping_all(self) -> Iterator[None]:
+        """Inside of a compiled forward under `disabled`."""
+        self.keeping += 1
+        try:
+            yield
+        finally:
+            self.keeping -= 1
 
     @contextmanager
     def outermost(self) -> Iterator[None]:
@@ -83,16 +93,45 @@ def disabled() -> Iterator[None]:
     """
     runtime.disabled += 1
     try:
-        yield
+        with _KeepAll():
+            yield
     finally:
         runtime.disabled -= 1
 
 
-class KeepAll(TorchFunctionMode):
-    """Turns every dropout into the identity, those inside recurrent and attention functions too."""
+def backward_under(
+    mode: TorchFunctionMode,
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Tensor.backward with `mode` in force, which PyTorch lifts while the mode handles the call.
+
+    Activation checkpointing runs forwards during backward; they must see what the first forward saw.
+    """
+    wanted = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    seed = torch.ones_like(tensor) if gradient is None else gradient
+    retain = create_graph if retain_graph is None else retain_graph
+    with mode:
+        torch.autograd.Variable._execution_engine.run_backward(
+            (tensor,), (seed,), retain, create_graph, wanted, allow_unreachable=True, accumulate_grad=True
+        )
+
+
+class _KeepAll(TorchFunctionMode):
+    """Turns every dropout of compiled models into the identity, those in recurrent and attention functions too.
+
+    Also during backward, where activation checkpointing runs forwards again.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.backward:
+            return backward_under(self, *args, **kwargs)
+        if not runtime.keeping and torch._C._current_graph_task_id() == -1:
+            return func(*args, **kwargs)
         if func in DROPOUT_FUNCTIONS or func in _IDENTITY:
             return args[0] if args else kwargs["input"]
         if func in _RECURRENT:

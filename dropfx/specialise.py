@@ -72,6 +72,7 @@ class Specialisation:
         self.sites = [s for s in self.context.sites if s.rewritten]
         self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec
         self._modules = _module_checks(root, traced, original_class)
+        self._children = [(root.get_submodule(p)._modules, len(root.get_submodule(p)._modules)) for p in traced.visited]
         self._guards = [(root.get_submodule(g.path), g.name, g.check, g.expected) for g in traced.guards]
         self._rate_sources = [_rate_source(root, site) for site in self.context.sites]
         self._kinds = [_kind(site.rate, site, options) for site in self.context.sites]
@@ -86,6 +87,9 @@ class Specialisation:
         """Whether what the trace read is still so."""
         for owner, name, module, cls, had_hooks in self._modules:
             if owner.get(name) is not module or module.__class__ is not cls or hooked(module) is not had_hooks:
+                return False
+        for children, count in self._children:
+            if len(children) != count:
                 return False
         for module, name, check, expected in self._guards:
             value = getattr(module, name, _MISSING)

@@ -66,7 +66,7 @@ def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     later = _later(node)
     rereads = []
-    for alias in aliases - {node, target}:
+    for alias in aliases - {node, target} - later:  # later ones derive from what is redirected here
         users = [user for user in alias.users if user in later]
         path = _path(target, alias, aliases) if users else None
         if path is not None:
@@ -74,8 +74,34 @@ def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
         elif users:
             _pin(graph, node, target)
             return False
+    storage = _storage(target.meta["val"])
     _replace(graph, node, target, form, rereads, later)
+    _revalue(graph, storage)
     return True
+
+
+def _revalue(graph: fx.Graph, storage: int) -> None:
+    """Give fake values of their own to nodes that no longer share the written memory."""
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = value_of(node)
+        if value is None or node.op not in ("call_function", "call_method") or _storage(value) != storage:
+            continue
+        if "functional" in node.meta:
+            node.meta["val"] = value.detach().requires_grad_(value.requires_grad).clone()
+            del node.meta["functional"]
+        elif any(operand in changed for operand in node.all_input_nodes):
+            node.meta["val"] = _evaluate(node)
+        else:
+            continue
+        changed.add(node)
+
+
+def _evaluate(node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _replace(
@@ -88,7 +114,7 @@ def _replace(
 ) -> None:
     with graph.inserting_before(node):
         new = graph.create_node(node.op, *form)
-        new.meta = dict(node.meta)
+        new.meta = {**node.meta, "functional": True}
         values = {reread.alias: _view_anew(graph, new, target, reread) for reread in rereads}
     for user in [user for user in target.users if user in later]:
         user.replace_input_with(target, new)
@@ -128,7 +154,7 @@ def _path(target: fx.Node, alias: fx.Node, aliases: set[fx.Node]) -> tuple[fx.No
 def _functional(node: fx.Node) -> tuple[Any, Any, Any] | None:
     """(target, args, kwargs) of the operation without the write, None where it has no such form."""
     name = op_name(node)
-    if name in _NO_FUNCTIONAL_FORM or "out" in node.kwargs:
+    if name in _NO_FUNCTIONAL_FORM or node.kwargs.get("out") is not None:
         return None
     if name.endswith("_"):
         plain = name[:-1]

@@ -46,6 +46,7 @@ class Case:
     state: Callable[[nn.Module], Any]  # what a forward leaves in plain attributes
     input_grad: bool
     batches: tuple[int, ...]  # batch sizes of the steps
+    parts: tuple[str, ...]  # compiled on their own where the root can't be: each call of one takes its own number
 
     def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -84,13 +85,25 @@ def case(
     state: Callable[[nn.Module], Any] = lambda model: None,
     input_grad: bool = True,
     batches: tuple[int, ...] = (4, 4, 3),
+    parts: tuple[str, ...] = (),
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the decorated factory (a function or a class without arguments) into the catalogue."""
 
     def add(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         assert name not in CASES, name
         CASES[name] = Case(
-            name, build, inputs or vectors(), kwargs, rewritten, left, optional, precision, state, input_grad, batches
+            name,
+            build,
+            inputs or vectors(),
+            kwargs,
+            rewritten,
+            left,
+            optional,
+            precision,
+            state,
+            input_grad,
+            batches,
+            parts,
         )
         return build
 
@@ -149,11 +162,19 @@ def check_step(
     seed: int = 0,
     left_alone: tuple[str, ...] = (),
     input_grad: bool = True,
+    numbers_at: tuple[str, ...] | None = None,
 ) -> oracle.Masks:
     """Promise 2 for one step of both models; the masks of the step."""
     actual, masks = compiled_run(compiled, args, kwargs, seed=seed, input_grad=input_grad)
     expected = oracle.oracle_run(
-        original, masks, args, kwargs, seed=seed, left_alone=left_alone.__contains__, input_grad=input_grad
+        original,
+        masks,
+        args,
+        kwargs,
+        seed=seed,
+        numbers_at=numbers_at,
+        left_alone=left_alone.__contains__,
+        input_grad=input_grad,
     )
     oracle.compare(actual, expected, dtype)
     return masks
@@ -178,6 +199,7 @@ def check_case(case: Case, dtype: torch.dtype, batches: tuple[int, ...] | None =
             seed=100 + step,
             left_alone=case.left + case.optional,
             input_grad=case.input_grad,
+            numbers_at=case.parts or None,
         )
         assert set(case.rewritten) <= set(masks), f"not rewritten: {set(case.rewritten) - set(masks)}"
         assert set(masks) <= set(case.rewritten + case.optional), f"recorded: {sorted(masks)}"

@@ -61,7 +61,7 @@ class OnViewOfView(TwoLayers):
     def between(self, h: Tensor) -> Tensor:
         rows = h.transpose(0, 1)
         F.relu_(rows.unsqueeze(0))
-        return self.drop(rows) + 0.0 * h.transpose(0, 1)
+        return self.drop(rows)
 
 
 @case("inplace_functional_relu", rewritten=("drop",))
@@ -109,6 +109,23 @@ class ScaleAfter(TwoLayers):
         return h
 
 
+@case("inplace_twice_before", vectors(64, 3), rewritten=("drop",))
+class TwiceBefore(TwoLayers):
+    def between(self, h: Tensor) -> Tensor:
+        h.mul_(2.0)
+        h.add_(1.0).relu_()
+        return self.drop(h)
+
+
+@case("inplace_twice_after", rewritten=("drop",))
+class TwiceAfter(TwoLayers):
+    def between(self, h: Tensor) -> Tensor:
+        h = self.drop(h)
+        h.mul_(2.0)
+        h.mul_(3.0).tanh_()
+        return h
+
+
 @case("inplace_add_after", rewritten=("drop",))
 class AddAfter(TwoLayers):
     def between(self, h: Tensor) -> Tensor:
@@ -117,7 +134,7 @@ class AddAfter(TwoLayers):
         return h
 
 
-@case("inplace_add_before_and_read_later", rewritten=("drop",))
+@case("inplace_add_before_and_read_later", optional=("drop",))
 class AddBefore(TwoLayers):
     def between(self, h: Tensor) -> Tensor:
         dropped = self.drop(h)

@@ -94,7 +94,11 @@ class BernoulliInside(WithMLP):
         return self.head(self.mlp(x * torch.bernoulli(torch.full_like(x, 0.5)) * 2.0))
 
 
-@case("random_branch", optional=("layers.0.2", "layers.1.2", "layers.2.2", "layers.3.2"))
+LAYERS = tuple(f"layers.{i}" for i in range(4))
+LAYER_SITES = tuple(f"{layer}.2" for layer in LAYERS)
+
+
+@case("random_branch", optional=LAYER_SITES)
 class RandomBranch(nn.Module):
     """LayerDrop with Python's generator."""
 
@@ -112,7 +116,7 @@ class RandomBranch(nn.Module):
         return x
 
 
-@case("rand_branch", optional=("layers.0.2", "layers.1.2", "layers.2.2", "layers.3.2"))
+@case("rand_branch", optional=LAYER_SITES, parts=LAYERS)
 class RandBranch(RandomBranch):
     """LayerDrop with PyTorch's generator."""
 

@@ -50,7 +50,8 @@ class UnrecordedSite(AssertionError):
 class SitePaths:
     """Where a forward is: the module path, how often each module was called, the functional dropouts of each path."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, numbers_at: tuple[str, ...]) -> None:
+        self.numbers_at = numbers_at
         self.paths = WeakIdKeyDictionary({module: path for path, module in root.named_modules()})
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls: Counter[str] = Counter()
@@ -59,6 +60,8 @@ class SitePaths:
     def enter(self, module: nn.Module, _args: Any) -> None:
         path = self.paths.get(module, "?")
         self.calls[path] += 1
+        if path in self.numbers_at:
+            consume_one_number()
         self.stack.append((path, module))
 
     def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
@@ -105,10 +108,16 @@ def multiply(x: Tensor, mask: Tensor, inplace: bool, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def replaced_dropout(
-    model: nn.Module, masks: Masks, left_alone: Callable[[str], bool] = lambda name: False
+    model: nn.Module,
+    masks: Masks,
+    left_alone: Callable[[str], bool] = lambda name: False,
+    numbers_at: tuple[str, ...] = (),
 ) -> Iterator[ReplaceDropout]:
-    """Forwards of `model` inside run with the recorded masks; checkpoints run plainly, without a second forward."""
-    paths = SitePaths(model)
+    """Forwards of `model` inside run with the recorded masks; checkpoints run plainly, without a second forward.
+
+    Each call of a module at a path of `numbers_at` takes one number from the generator first.
+    """
+    paths = SitePaths(model, numbers_at)
     handles = [
         register_module_forward_pre_hook(paths.enter),
         register_module_forward_hook(paths.leave, always_call=True),
@@ -178,19 +187,19 @@ def oracle_run(
     kwargs: dict[str, Any] | None = None,
     *,
     seed: int = 0,
-    consume: bool | None = None,
+    numbers_at: tuple[str, ...] | None = None,
     left_alone: Callable[[str], bool] = lambda name: False,
     input_grad: bool = True,
 ) -> Outcome:
     """What a compiled model must leave behind, given the draw.
 
-    `consume`: take the one number that a compiled call takes from the generator, so that other random operations and
-    the sites left alone draw alike; by default where any mask was recorded.
+    `numbers_at`: where one number is taken from the generator, so that other random operations and the sites left alone
+    draw alike; by default at the root where any mask was recorded.
     """
     set_seed(seed)
-    if bool(masks) if consume is None else consume:
-        consume_one_number()
-    replaced = replaced_dropout(original, masks, left_alone)
+    if numbers_at is None:
+        numbers_at = ("",) if masks else ()
+    replaced = replaced_dropout(original, masks, left_alone, numbers_at)
     return run(original, args, kwargs, around=replaced, input_grad=input_grad)
 
 

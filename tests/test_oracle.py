@@ -60,7 +60,7 @@ def test_site_left_alone_draws_as_pytorch_does() -> None:
 
 def test_left_alone_sites_draw_after_the_one_number() -> None:
     model, x = mlp(8, 8, 8, 8), torch.randn(2, 8)
-    outcome = oracle.oracle_run(model, {}, (x,), seed=3, consume=True, left_alone=lambda name: True)
+    outcome = oracle.oracle_run(model, {}, (x,), seed=3, numbers_at=("",), left_alone=lambda name: True)
     oracle.set_seed(3)
     oracle.consume_one_number()
     assert torch.equal(outcome.outputs[""], model(x))

@@ -6,8 +6,9 @@ user's model, and every attribute that it reads or writes is seen.
 
 from __future__ import annotations
 
+import copy
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,12 +80,12 @@ class Builder:
         if id(module) in self._memo:
             return self._memo[id(module)]  # type: ignore[no-any-return]
         cls = Opaque if isinstance(module, torch.jit.ScriptModule) else self._original_class(module)
-        copy: Any = object.__new__(self._recorder(cls))
-        self._memo[id(module)] = copy
+        made: Any = object.__new__(self._recorder(cls))
+        self._memo[id(module)] = made
         attributes = Opaque().__dict__ if cls is Opaque else module.__dict__
-        copy.__dict__.update({k: self._value(v) for k, v in attributes.items() if not k.startswith("_dropfx")})
-        copy.__dict__.update(_dropfx_tracer=self._tracer, _dropfx_class=cls)
-        return copy  # type: ignore[no-any-return]
+        made.__dict__.update({k: self._value(v) for k, v in attributes.items() if not k.startswith("_dropfx")})
+        made.__dict__.update(_dropfx_tracer=self._tracer, _dropfx_class=cls)
+        return made  # type: ignore[no-any-return]
 
     def tensor(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.tensors:
@@ -109,6 +110,8 @@ class Builder:
             return type(value)(self._value(v) for v in value)
         if type(value) in (dict, OrderedDict):
             return type(value)((k, self._value(v)) for k, v in value.items())
+        if isinstance(value, (list, dict, set, deque)):
+            return copy.copy(value)
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self.module(value.__self__))
         return value

@@ -7,18 +7,20 @@ around it. Everything plain that the trace reads from a module is guarded.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import operator
 import random
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -106,6 +108,10 @@ def trace(
         except TraceRefused as refusal:
             if not refusal.path or refusal.path in opaque:
                 raise
+            if isinstance(root.get_submodule(refusal.path), INLINED_MODULES):
+                raise TraceRefused(
+                    refusal.reason, ""
+                ) from refusal  # wrong inputs, most likely: the forward will say so
             opaque[refusal.path] = refusal.reason
 
 
@@ -147,12 +153,12 @@ class Tracer(fx.Tracer):
         leaves, in_spec = pytree.tree_flatten((args, kwargs))
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
-        python_random = _random_state()
+        python_random = random_state()
         with _outside_of_checkpoints(), _Functions(self), _no_custom_functions(), _factories(self), _quiet():
             self._modes = _modes()
             out_spec = self._record_forward(inputs, named)
-        if _random_state() != python_random:
-            _restore_random(python_random)
+        if random_state() != python_random:
+            restore_random(python_random)
             raise TraceRefused("its forward draws random numbers", "")
         self.graph.lint()
         return Trace(self.graph, out_spec, list(self._guards.values()), self._visited, self._leaves, self.exact_shapes)
@@ -179,20 +185,19 @@ class Tracer(fx.Tracer):
         self._visit(module, path)
         self._stack.append((path, module._dropfx_class))
         self._calls[path] += 1
-        state, contents = _random_state(), _contents(module)
+        state, contents = random_state(), _contents(module)
         try:
             out = module.forward(*args, **kwargs)
             if _contents(module) != contents:
                 self.refuse("its forward changes a container among its attributes")
-            if _random_state() != state:
-                _restore_random(state)
+            if random_state() != state:
+                restore_random(state)
                 self.refuse("its forward draws random numbers")
         except TraceRefused as refusal:
             refusal.path = path if refusal.path is None else refusal.path
             raise
         except Exception as error:
-            message = str(error).strip().splitlines() or [type(error).__name__]
-            raise TraceRefused(f"its forward cannot be traced: {message[0]}", path) from error
+            raise TraceRefused(_why(error), path) from error
         finally:
             self._stack.pop()
         return out
@@ -250,7 +255,7 @@ class Tracer(fx.Tracer):
         if type(value) is float:
             return LiveFloat(value, path, name, self)
         if _plain(value):
-            self.guard(path, name, value if not isinstance(value, list) else list(value))
+            self.guard(path, name, copy.deepcopy(value))
         return value
 
     def guard(self, path: str, name: str, expected: Any, check: Callable[[Any], Any] | None = None) -> None:
@@ -357,7 +362,7 @@ class Tracer(fx.Tracer):
         if any(n.meta["val"] is UNKNOWN for n in nodes) or isinstance(target, type):
             return UNKNOWN
         real_args, real_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        state = _random_state()
+        state = random_state()
         with self.paused(), self.fake_mode:
             try:
                 if kind == "call_method":
@@ -373,7 +378,7 @@ class Tracer(fx.Tracer):
                     return UNKNOWN
                 raise
             finally:
-                _restore_random(state)
+                restore_random(state)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -471,8 +476,21 @@ def _no_custom_functions() -> Iterator[None]:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
+def _why(error: Exception) -> str:
+    """The reason that an error while tracing gives."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return "its forward uses activation checkpointing"
+        frame = frame.tb_next
+    message = str(error).strip().splitlines() or [type(error).__name__]
+    return f"its forward cannot be traced: {message[0]}"
+
+
 def _plain(value: Any) -> bool:
-    if type(value) in (tuple, list):
+    if type(value) is dict:
+        value = list(value.values())
+    if type(value) in (tuple, list, set):
         return all(type(v) is float or _plain(v) for v in value)
     return isinstance(value, _PLAIN)
 
@@ -483,7 +501,7 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     return {
         name: [id(v) for v in (value.values() if isinstance(value, dict) else value)]
         for name, value in own.items()
-        if type(value) in (list, set, dict) and name not in ("_parameters", "_buffers", "_modules")
+        if isinstance(value, (list, set, dict, deque)) and name not in ("_parameters", "_buffers", "_modules")
     }
 
 
@@ -499,14 +517,14 @@ def _which_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
     return "its forward changes " + next(n for n, a, b in zip(names, before, now, strict=True) if a != b)
 
 
-def _random_state() -> Any:
+def random_state() -> Any:
     numpy = sys.modules.get("numpy")
     numbers = None if numpy is None else tuple(numpy.random.get_state()[1].tolist())
     return random.getstate(), numbers
 
 
-def _restore_random(state: Any) -> None:
-    if _random_state() == state:
+def restore_random(state: Any) -> None:
+    if random_state() == state:
         return
     random.setstate(state[0])
     numpy = sys.modules.get("numpy")
