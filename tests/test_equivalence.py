@@ -16,7 +16,7 @@ from tests.case import check_case, check_step, mlp, pair, recording
 from tests.models import CASES
 
 PATTERNS = ("block", "slice")
-FAMILIES = ("before_", "after_")  # one operation each: one dtype is enough
+FAMILIES = ("before_", "after_", "hook_")  # one operation each: one dtype is enough
 ONE_OF_EACH = [name for name in CASES if not name.startswith(FAMILIES)]
 # rewritten whole; smooth, so that rounding in low precision can't flip a relu
 SMOOTH = (
