@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
-from dropfx.errors import InvalidInput, InvalidModel, NoDropoutWarning
+from dropfx.errors import InvalidInput, InvalidModel, NoDropoutWarning, PassError
 from dropfx.options import make_options
 from dropfx.pass_infra import Options
 from dropfx.patterns import Pattern
@@ -90,6 +90,9 @@ class State:
                 found = self.specialise(module, args, kwargs, (spec, *key))
             except TraceRefused as refusal:
                 return self._refused(module, args, kwargs, refusal.reason)
+            except PassError as error:
+                warnings.warn(f"dropfx.compile: {error}; the model runs as written", RuntimeWarning, stacklevel=5)
+                return self._refused(module, args, kwargs, str(error))
         if not found.sites:
             self._warn_if_nothing_drops(found)
             return _original_forward(module, args, kwargs)

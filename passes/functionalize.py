@@ -69,6 +69,8 @@ def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
     for alias in aliases - {node, target} - later:  # later ones derive from what is redirected here
         users = [user for user in alias.users if user in later]
         path = _path(target, alias, aliases) if users else None
+        if path is not None and any(operand in later for step in path[1] for operand in step.all_input_nodes):
+            path = None  # a view of sizes that are not known yet
         if path is not None:
             rereads.append(_Reread(alias, users, *path))
         elif users:

@@ -170,6 +170,15 @@ class HalvesBefore(TwoLayers):
         return self.drop(h)
 
 
+@case("inplace_part_of_a_consumers_output", vectors(64, 3), optional=("drop",))
+@case("inplace_part_of_a_consumers_output_2d", optional=("drop",))
+class PartOfOutput(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin2(self.drop(x))
+        h.transpose(0, 1)[0].mul_(2.0)
+        return h
+
+
 @case("inplace_masked_fill", vectors(64, 3), rewritten=("drop",))
 class MaskedFill(TwoLayers):
     def between(self, h: Tensor) -> Tensor:

@@ -45,7 +45,20 @@ def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, 
     return out.view(*x.shape[:-1], out.size(1))
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
+def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
+    dx = _scaled_mm(grad.reshape(-1, grad.size(-1)), compact.to(grad.dtype), scale)
+    return dx.view(*grad.shape[:-1], compact.size(1))
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
+    dy, x = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1)).to(grad.dtype)
+    stretches = None if torch.is_grad_enabled() or kept.dtype != dy.dtype else kept.stretches()
+    if stretches is not None:
+        dense = x.new_zeros(kept.n, kept.k)
+        for here, there, length in stretches:
+            into = dense.narrow(0, there, length)
+            torch.addmm(into, dy.narrow(1, here, length).t(), x, beta=0, alpha=scale, out=into)
+        return dense
     tiles = None if torch.is_grad_enabled() else kept.tiles
     if tiles is None:
         return kept.put(_scaled_mm(dy.t(), x, scale).to(kept.dtype))
@@ -58,21 +71,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> T
     return dense
 
 
-def _backward(
-    grad: Tensor, x: Tensor | None, compact: Tensor | None, kept: KeptWeight, scale: float, bias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the input (where `compact`, the kept weight, is given), of the weight (where x is), of the bias."""
-    dy = grad.reshape(-1, grad.size(-1))
-    dx = dw = db = None
-    if compact is not None:
-        dx = _scaled_mm(dy, compact.to(dy.dtype), scale).view(*grad.shape[:-1], compact.size(1))
-        del compact  # before the dense gradient is allocated
-    if x is not None:
-        dw = _weight_gradient(dy, x.reshape(-1, x.size(-1)).to(dy.dtype), kept, scale)
-    if bias:
-        db = dy.sum(0).to(kept.dtype)
-        db = db if kept.rows is None else put(db, 0, kept.rows, kept.n)
-    return dx, dw, db
+def _bias_gradient(grad: Tensor, kept: KeptWeight) -> Tensor:
+    db = grad.reshape(-1, grad.size(-1)).sum(0).to(kept.dtype)
+    return db if kept.rows is None else put(db, 0, kept.rows, kept.n)
 
 
 def _linear(
@@ -114,12 +115,10 @@ def _linear_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
-    compact = kept.take(weight) if mask[0] else None
-    dx, dw, db = _backward(grad, x if mask[1] else None, compact, kept, scale, mask[2])
     return (
-        x.new_empty(0) if dx is None else dx.to(x.dtype),
-        weight.new_empty(0) if dw is None else dw,
-        weight.new_empty(0) if db is None else db,
+        _input_gradient(grad, kept.take(weight), scale).to(x.dtype) if mask[0] else x.new_empty(0),
+        _weight_gradient(grad, x, kept, scale) if mask[1] else weight.new_empty(0),
+        _bias_gradient(grad, kept) if mask[2] else weight.new_empty(0),
     )
 
 
@@ -203,13 +202,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        compact = None
+        dx = dw = db = None
         if weight is not None:
-            # with create_graph the kept weight must be part of the graph
+            # with create_graph the kept weight must be part of the graph; it is freed before dW is allocated
             reuse = ctx.compact and not torch.is_grad_enabled()
-            compact = ctx.compact.pop() if reuse else ctx.kept.take(weight)
-        dx, dw, db = _backward(grad, x, compact, ctx.kept, ctx.scale, ctx.wants_bias)
-        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 5
+            dx = _input_gradient(grad, ctx.compact.pop() if reuse else ctx.kept.take(weight), ctx.scale).to(ctx.dtype)
+        if x is not None:
+            dw = _weight_gradient(grad, x, ctx.kept, ctx.scale)
+        if ctx.wants_bias:
+            db = _bias_gradient(grad, ctx.kept)
+        return dx, dw, db, *[None] * 5
 
 
 eager(linear_op, _Linear)

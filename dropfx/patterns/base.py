@@ -66,7 +66,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        """Draw from int64 `hashes` [sites, slots]: starts of the kept runs, int64 [sites, count]."""
+        """Draw from int64 `hashes` [sites, slots]: starts of the kept runs, int64 [sites, count], ascending."""
 
 
 def nearest_count(places: int, rate: float) -> int:

@@ -53,7 +53,8 @@ class Block(Pattern):
         )
 
     def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        return hashes.argsort(dim=1)[:, : realisation.count] * realisation.run
+        # in order, so that neighbouring kept blocks are found next to each other
+        return hashes.argsort(dim=1)[:, : realisation.count].sort(dim=1)[0] * realisation.run
 
 
 def _fit(units: int, rate: float, size: int) -> Realisation:

@@ -1,0 +1,7 @@
+"""`python -m dropfx`."""
+
+import sys
+
+from dropfx.cli import main
+
+sys.exit(main())
