@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dropfx
-from tests import oracle
+from tests import comparison, oracle
 
 
 class Draw:
@@ -163,6 +163,7 @@ def check_step(
     left_alone: tuple[str, ...] = (),
     input_grad: bool = True,
     numbers_at: tuple[str, ...] | None = None,
+    exact_zeros: bool = True,
 ) -> oracle.Masks:
     """Promise 2 for one step of both models; the masks of the step."""
     actual, masks = compiled_run(compiled, args, kwargs, seed=seed, input_grad=input_grad)
@@ -176,7 +177,7 @@ def check_step(
         left_alone=left_alone.__contains__,
         input_grad=input_grad,
     )
-    oracle.compare(actual, expected, dtype)
+    comparison.compare(actual, expected, dtype, exact_zeros)
     return masks
 
 

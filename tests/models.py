@@ -10,12 +10,14 @@ from tests import (
     models_modules,
     models_python,
     models_regions,
+    models_residual,
     models_units,
 )
 from tests.case import CASES, Case
 
 FILES = (
     models_regions,
+    models_residual,
     models_units,
     models_inplace,
     models_modules,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ def site_model(units: int, p: float, sites: int = 1) -> nn.Sequential:
     for _ in range(sites - 1):
         layers += [nn.Dropout(p), nn.Linear(units, units)]
     return nn.Sequential(*layers, nn.Dropout(p), nn.Linear(units, 2)).double()
+
+
+def compiled(units: int, p: float, pattern: object = "block", sites: int = 1) -> nn.Module:
+    return dropfx.compile(site_model(units, p, sites), pattern=pattern, min_speedup=0)
+
+
+def site_report(units: int, p: float, pattern: object) -> Any:
+    model, x = site_model(units, p), torch.ones(1, 2, dtype=torch.float64)
+    (site,) = dropfx.explain(model, x, options={"pattern": pattern, "min_speedup": 0}).sites
+    return site
 
 
 def draws(model: nn.Module, times: int, seed: int = 0, batch: int = 1) -> dict[str, Tensor]:
@@ -76,3 +87,8 @@ def block_kept(kept: Tensor, size: int) -> tuple[bool, ...]:
     blocks = kept.split(size)
     assert all(bool(block.all()) or not block.any() for block in blocks)
     return tuple(bool(block[0]) for block in blocks)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal multipliers, whatever axes of size 1 are before the units."""
+    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())

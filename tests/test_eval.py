@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dropfx
-from tests import oracle
+from tests import comparison, oracle
 from tests.case import Case, pair, recording
 from tests.models import CASES
 
@@ -19,7 +19,7 @@ LAYERED = [name for name in CASES if not name.startswith(("before_", "after_"))]
 
 def assert_identical(actual: oracle.Outcome, expected: oracle.Outcome) -> None:
     for field in dataclasses.fields(oracle.Outcome):
-        problems = list(oracle.differences(getattr(actual, field.name), getattr(expected, field.name), 0.0))
+        problems = list(comparison.differences(getattr(actual, field.name), getattr(expected, field.name), 0.0))
         assert not problems, f"{field.name}: {problems}"
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests import oracle
+from tests import comparison, oracle
 from tests.case import mlp
 from tests.models import CASES
 
@@ -105,7 +105,7 @@ def changed(outcome: oracle.Outcome, field: str, path: str, value: object) -> or
 
 
 def test_equal_outcomes_pass(outcome: oracle.Outcome) -> None:
-    oracle.compare(outcome, dataclasses.replace(outcome), torch.float64)
+    comparison.compare(outcome, dataclasses.replace(outcome), torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -122,24 +122,24 @@ def test_equal_outcomes_pass(outcome: oracle.Outcome) -> None:
 def test_any_difference_fails(outcome: oracle.Outcome, field: str, path: str) -> None:
     value = getattr(outcome, field)[path]
     with pytest.raises(AssertionError, match=field):
-        oracle.compare(changed(outcome, field, path, 1.001 * value), outcome, torch.float32)
+        comparison.compare(changed(outcome, field, path, 1.001 * value), outcome, torch.float32)
     with pytest.raises(AssertionError, match=field):
-        oracle.compare(changed(outcome, field, path, value.double()), outcome, torch.float32)
+        comparison.compare(changed(outcome, field, path, value.double()), outcome, torch.float32)
     with pytest.raises(AssertionError, match=field):
-        oracle.compare(changed(outcome, field, path, None), outcome, torch.float32)
+        comparison.compare(changed(outcome, field, path, None), outcome, torch.float32)
 
 
 def test_not_finite_fails(outcome: oracle.Outcome) -> None:
     value = outcome.grads["lin2.weight"] * float("nan")
     with pytest.raises(AssertionError, match="finite"):
-        oracle.compare(changed(outcome, "grads", "lin2.weight", value), outcome, torch.bfloat16)
+        comparison.compare(changed(outcome, "grads", "lin2.weight", value), outcome, torch.bfloat16)
 
 
 def test_dropped_places_must_be_exactly_zero(outcome: oracle.Outcome) -> None:
     value = outcome.grads["lin2.weight"].clone()
     value[0, 0] = 1e-30
     with pytest.raises(AssertionError, match="exactly zero"):
-        oracle.compare(changed(outcome, "grads", "lin2.weight", value), outcome, torch.bfloat16)
+        comparison.compare(changed(outcome, "grads", "lin2.weight", value), outcome, torch.bfloat16)
 
 
 def test_flatten_tells_containers_apart() -> None:

@@ -1,4 +1,4 @@
-"""Promise 6: the same model. Identity, class, keys, copies, optimizers, hooks, restore."""
+"""Promise 6: the same model. Identity, class, keys, copies, moves, optimizers."""
 
 from __future__ import annotations
 
@@ -8,68 +8,13 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dropfx
-from tests import oracle
+from tests import comparison, oracle
 from tests.case import check_step, mlp, pair, recording
 from tests.models import CASES
-from tests.models_hooks import HOOKS, Nested, calls
-
-
-class Net(nn.Module):
-    """A model with methods, properties, class attributes and a mangled name."""
-
-    kind = "net"
-
-    def __init__(self, width: int = 96) -> None:
-        super().__init__()
-        self.lin1, self.drop, self.lin2 = nn.Linear(64, width), nn.Dropout(0.5), nn.Linear(width, 8)
-        self.__secret = 2.0
-
-    @property
-    def width(self) -> int:
-        return self.lin1.out_features
-
-    @classmethod
-    def make(cls, width: int) -> Net:
-        return cls(width)
-
-    @staticmethod
-    def square(x: Tensor) -> Tensor:
-        return x.square()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(self.drop(torch.tanh(self.lin1(x)))) * self.__secret
-
-    def loss(self, x: Tensor) -> Tensor:
-        return self.square(self(x)).sum()
-
-    def extra_repr(self) -> str:
-        return f"width={self.width}"
-
-
-class SubNet(Net):
-    """Calls its parent's forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).tanh()
-
-
-def nets(kind: type[Net] = Net) -> tuple[nn.Module, nn.Module]:
-    original, compiled = kind().double(), kind().double()
-    compiled.load_state_dict(original.state_dict())
-    return original, dropfx.compile(compiled, min_speedup=0)
-
-
-def example(batch: int = 4, seed: int = 0) -> Tensor:
-    return CASES["mlp"].call(batch, torch.float64, seed)[0][0]
-
-
-def recorded_sites(model: nn.Module, x: Tensor | None = None) -> set[str]:
-    with recording() as masks:
-        model(example() if x is None else x)
-    return set(masks)
+from tests.nets import Net, SubNet, example, nets, recorded_sites
 
 
 def test_compile_returns_the_same_object() -> None:
@@ -132,7 +77,7 @@ def test_methods_that_call_the_model() -> None:
         loss = compiled.loss(example())
     assert set(masks) == {"drop"}
     with oracle.replaced_dropout(original, masks):
-        assert not oracle.difference(loss.detach(), original.loss(example()).detach(), 1e-10, 0.0)
+        assert not comparison.difference(loss.detach(), original.loss(example()).detach(), 1e-10, 0.0)
 
 
 def test_forward_called_directly() -> None:
@@ -229,6 +174,19 @@ def test_train_returns_the_model() -> None:
     assert compiled.apply(lambda module: None) is compiled
 
 
+def test_lazy_model_is_compiled_before_its_first_call() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(96), nn.Tanh(), nn.Dropout(0.5), nn.LazyLinear(8)).double()
+
+    compiled = dropfx.compile(build(), min_speedup=0)
+    assert compiled(example()).shape == (4, 8)
+    assert [type(module) for module in compiled] == [nn.Linear, nn.Tanh, nn.Dropout, nn.Linear]
+    original = build()
+    original(example())
+    original.load_state_dict(compiled.state_dict())
+    assert set(check_step(original, compiled, (example(),), dtype=torch.float64)) == {"2"}
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_optimizer_made_before_or_after(when: str) -> None:
     original, compiled = Net().double(), Net().double()
@@ -244,132 +202,3 @@ def test_optimizer_made_before_or_after(when: str) -> None:
         check_step(original, compiled, (example(seed=step),), dtype=torch.float64, seed=step)
         for stepper in steppers:
             stepper.step()
-
-
-# Hooks
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("path", ["", "body", "body.0", "body.2", "drop"])
-def test_hook_added_after_tracing(path: str, hook: str) -> None:
-    """Runs once a call from then on, and no more once it is removed."""
-    original, compiled = Nested().double(), Nested().double()
-    compiled.load_state_dict(original.state_dict())
-    dropfx.compile(compiled, min_speedup=0)
-    sites = ("body.2", "drop", "head.2")
-    step = functools.partial(check_step, original, compiled, (example(),), dtype=torch.float64, left_alone=sites)
-    step()
-    handles = [HOOKS[hook](model.get_submodule(path)) for model in (original, compiled)]
-    step()
-    step()
-    counted = calls(compiled)
-    assert counted == calls(original)
-    assert sum(counted[path].values()) == 2
-    for handle in handles:
-        handle.remove()
-    assert set(step()) == set(sites)
-    assert calls(compiled) == counted
-
-
-def test_parameter_and_tensor_hooks() -> None:
-    original, compiled = nets()
-    for model in (original, compiled):
-        model.lin1.weight.register_hook(lambda grad: 3.0 * grad)
-    check_step(original, compiled, (example(),), dtype=torch.float64)
-
-
-def test_accumulation_hooks_run_once() -> None:
-    _, compiled = nets()
-    seen: list[Tensor] = []
-    for parameter in compiled.parameters():
-        parameter.register_post_accumulate_grad_hook(seen.append)
-    compiled(example()).sum().backward()
-    assert len(seen) == 4
-
-
-# Restore, compile twice, compile a part
-
-
-@pytest.mark.parametrize("traced", [False, True])
-def test_restore_undoes_compile(traced: bool) -> None:
-    original, model = Net(), Net()
-    model.load_state_dict(original.state_dict())
-    attributes = set(model.__dict__)
-    dropfx.compile(model, min_speedup=0)
-    if traced:
-        model(torch.randn(2, 64))
-    restored = dropfx.restore(model)
-    assert restored is None or restored is model
-    assert type(model) is Net
-    assert set(model.__dict__) == attributes
-    x = torch.randn(4, 64)
-    torch.manual_seed(0)
-    want = original(x)
-    torch.manual_seed(0)
-    assert torch.equal(model(x), want)
-
-
-def test_restore_reaches_parts_compiled_on_their_own() -> None:
-    """A model that can't be traced whole is compiled child by child; nothing of that stays."""
-    model = CASES["randn_inside"].make()
-    dropfx.compile(model, min_speedup=0)
-    model(torch.randn(2, 64))
-    dropfx.restore(model)
-    assert recorded_sites(model, torch.randn(2, 64)) == set()
-    assert [type(module) for module in model.mlp] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
-    assert type(model.mlp) is nn.Sequential
-
-
-def test_compile_after_restore() -> None:
-    original, compiled = nets()
-    dropfx.restore(compiled)
-    dropfx.compile(compiled, min_speedup=0, pattern="slice")
-    assert set(check_step(original, compiled, (example(),), dtype=torch.float64)) == {"drop"}
-
-
-def test_compiling_twice_replaces_the_options() -> None:
-    _, compiled = nets()
-    compiled(example())
-    kind = type(compiled)
-    assert dropfx.compile(compiled, pattern=dropfx.patterns.Block(48), min_speedup=0) is compiled
-    assert type(compiled).__mro__[1:] == kind.__mro__[1:]
-    with recording() as masks:
-        compiled(example())
-    assert (masks["drop"].flatten()[:48] == 0).all() != (masks["drop"].flatten()[48:] == 0).all()
-    dropfx.compile(compiled, min_speedup=1e9)
-    assert recorded_sites(compiled) == set()
-    dropfx.restore(compiled)
-    assert type(compiled) is Net
-
-
-def test_part_of_a_model() -> None:
-    """Names are those of the compiled part; the rest runs as written."""
-    original, whole = Nested().double(), Nested().double()
-    whole.load_state_dict(original.state_dict())
-    dropfx.compile(whole.body, min_speedup=0)
-    assert type(whole) is Nested
-    assert recorded_sites(whole) == {"2"}
-
-
-def test_part_and_then_the_whole() -> None:
-    original, whole = Nested().double(), Nested().double()
-    whole.load_state_dict(original.state_dict())
-    dropfx.compile(whole.body, min_speedup=0)
-    whole(example())
-    dropfx.compile(whole, min_speedup=0)
-    whole(example())
-    for _ in range(2):
-        assert {"drop", "head.2"} <= recorded_sites(whole)
-    dropfx.restore(whole)
-    dropfx.restore(whole.body)
-    assert recorded_sites(whole) == set()
-    assert type(whole.body) is nn.Sequential
-
-
-def test_two_models_of_one_class() -> None:
-    first, second = dropfx.compile(Net(), min_speedup=0), dropfx.compile(Net(32), pattern="slice", min_speedup=0)
-    plain = Net()
-    x = torch.randn(2, 64)
-    assert recorded_sites(first, x) == recorded_sites(second, x) == {"drop"}
-    assert recorded_sites(plain, x) == set()
-    assert type(plain) is Net

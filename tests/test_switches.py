@@ -1,16 +1,16 @@
-"""Promise 5: live switches. Training flags, rates and attributes take effect at the next call."""
+"""Promise 5: training flags and rates of dropout modules take effect at the next call."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import dropfx
-from tests import oracle
-from tests.case import check_step, compiled_run, mlp, pair, recording
+from tests import comparison
+from tests.case import check_step, compiled_run, mlp, pair
 from tests.models import CASES
+from tests.switching import check, dropped_share, example
 
 PATTERNS = ("block", "slice")
 
@@ -21,20 +21,6 @@ def models(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     models = pair(CASES["mlp"], torch.float64, pattern=request.param)
     check(models)
     return models
-
-
-def example(batch: int = 4, seed: int = 0) -> Tensor:
-    return CASES["mlp"].call(batch, torch.float64, seed)[0][0]
-
-
-def check(models: tuple[nn.Module, nn.Module], seed: int = 0) -> oracle.Masks:
-    """Promise 2 for one step, and the masks of the sites that dropped anything."""
-    masks = check_step(*models, (example(),), dtype=torch.float64, seed=seed)
-    return {name: mask for name, mask in masks.items() if not (mask == 1).all()}
-
-
-def dropped_share(mask: Tensor) -> float:
-    return float((mask == 0).double().mean())
 
 
 def test_train_and_eval(models: tuple[nn.Module, nn.Module]) -> None:
@@ -125,7 +111,7 @@ def test_rate_of_zero_is_identity(pattern: str) -> None:
     compiled = dropfx.compile(mlp(64, 96, 8, p=0.0).double(), pattern=pattern, min_speedup=0)
     y = compiled(example())
     want = compiled[3](compiled[1](compiled[0](example())))
-    assert not oracle.difference(y.detach(), want.detach(), 1e-10, 0.0)
+    assert not comparison.difference(y.detach(), want.detach(), 1e-10, 0.0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -196,160 +182,3 @@ def test_alternating_calls_do_not_retrace() -> None:
     both()
     both()
     assert dropfx.compiler.trace_count() == traces
-
-
-# Functional dropouts and plain attributes
-
-
-class Scheduled(nn.Module):
-    """`F.dropout` with rates that are read from attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lin1, self.lin2, self.lin3 = nn.Linear(64, 128), nn.Linear(128, 128), nn.Linear(128, 8)
-        self.p, self.rates, self.factor, self.residual, self.live = 0.5, {"hidden": 0.25}, 1.0, False, True
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(torch.tanh(self.lin1(x)), self.p, self.training)
-        hidden = self.rates["hidden"] * self.factor
-        z = F.dropout(torch.tanh(self.lin2(h)), p=hidden, training=self.training and self.live)
-        return self.lin3(h + z if self.residual else z)
-
-
-@pytest.fixture
-def scheduled() -> tuple[nn.Module, nn.Module]:
-    original, compiled = Scheduled().double(), Scheduled().double()
-    compiled.load_state_dict(original.state_dict())
-    models = original, dropfx.compile(compiled, min_speedup=0)
-    assert set(check(models)) == {":dropout_1", ":dropout_2"}
-    return models
-
-
-def shares(masks: oracle.Masks) -> list[float]:
-    return [round(dropped_share(masks[name]), 6) for name in (":dropout_1", ":dropout_2")]
-
-
-def test_functional_rate(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for p in (0.25, 0.75, 0.5):
-        for model in scheduled:
-            model.p = p
-        assert shares(check(scheduled)) == [p, 0.25]
-
-
-def test_functional_rate_schedule_does_not_retrace(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    traces = dropfx.compiler.trace_count()
-    for step in range(10):
-        for model in scheduled:
-            model.p = 0.1 + 0.05 * step
-        check(scheduled, step)
-    assert dropfx.compiler.trace_count() == traces
-
-
-def test_functional_rate_computed(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for model in scheduled:
-        model.factor = 2.0
-    assert shares(check(scheduled)) == [0.5, 0.5]
-
-
-def test_functional_rate_in_a_container(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for model in scheduled:
-        model.rates["hidden"] = 0.75
-    assert shares(check(scheduled)) == [0.5, 0.75]
-
-
-def test_functional_switch(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for training in (False, True):
-        for model in scheduled:
-            model.train(training)
-        assert len(check(scheduled)) == 2 * training
-    for model in scheduled:
-        model.live = False
-    assert set(check(scheduled)) == {":dropout_1"}
-
-
-def test_functional_rates_of_zero_and_one(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for p in (0.0, 1.0, 0.5):
-        for model in scheduled:
-            model.p = p
-        masks = check(scheduled)
-    assert shares(masks) == [0.5, 0.25]
-
-
-def test_plain_attribute(scheduled: tuple[nn.Module, nn.Module]) -> None:
-    for residual in (True, False, True):
-        for model in scheduled:
-            model.residual = residual
-        check(scheduled)
-
-
-# Modules and parameters
-
-
-def test_frozen_and_thawed(models: tuple[nn.Module, nn.Module]) -> None:
-    for frozen in (True, False, True):
-        for model in models:
-            model[3].weight.requires_grad_(not frozen)
-            model[0].bias.requires_grad_(frozen)
-        check(models)
-
-
-def test_parameter_replaced(models: tuple[nn.Module, nn.Module]) -> None:
-    weight = torch.randn(96, 128, dtype=torch.float64)
-    for model in models:
-        model[3].weight = nn.Parameter(weight.clone())
-        model[0].bias.data = torch.ones(128, dtype=torch.float64)
-    check(models)
-
-
-def test_bias_removed(models: tuple[nn.Module, nn.Module]) -> None:
-    for model in models:
-        model[3].bias = None
-    check(models)
-
-
-def test_layer_replaced(models: tuple[nn.Module, nn.Module]) -> None:
-    layer = nn.Linear(128, 96, dtype=torch.float64)
-    for model in models:
-        model[3] = nn.Linear(128, 96, dtype=torch.float64)
-        model[3].load_state_dict(layer.state_dict())
-    check(models)
-
-
-def test_activation_replaced(models: tuple[nn.Module, nn.Module]) -> None:
-    for model in models:
-        model[1] = nn.Sigmoid()
-    check(models)
-
-
-def test_dropout_replaced_by_identity(models: tuple[nn.Module, nn.Module]) -> None:
-    for model in models:
-        model[2] = nn.Identity()
-    assert set(check(models)) == {"5"}
-
-
-def test_dropout_replaced_by_dropout(models: tuple[nn.Module, nn.Module]) -> None:
-    for model in models:
-        model[2] = nn.Dropout(0.75)
-    assert dropped_share(check(models)["2"]) == 0.75
-
-
-def test_widths_changed(models: tuple[nn.Module, nn.Module]) -> None:
-    first, second = nn.Linear(64, 192, dtype=torch.float64), nn.Linear(192, 96, dtype=torch.float64)
-    for model in models:
-        model[0], model[3] = nn.Linear(64, 192, dtype=torch.float64), nn.Linear(192, 96, dtype=torch.float64)
-        model[0].load_state_dict(first.state_dict())
-        model[3].load_state_dict(second.state_dict())
-    assert check(models)["2"].numel() == 192
-
-
-def test_layer_appended(models: tuple[nn.Module, nn.Module]) -> None:
-    for model in models:
-        model.append(nn.Tanh())
-    check(models)
-
-
-def test_disabled_takes_effect_at_once(models: tuple[nn.Module, nn.Module]) -> None:
-    with dropfx.disabled(), recording() as masks:
-        models[1](example())
-    assert all((mask == 1).all() for mask in masks.values())
-    assert set(check(models)) == {"2", "5"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dropfx
 from dropfx.testing import assert_equivalent, record
-from tests import oracle
+from tests import comparison, oracle
 from tests.case import mlp, pair
 from tests.models import CASES
 
@@ -214,7 +214,7 @@ def test_disabled_keeps_all_units(name: str) -> None:
             oracle.set_seed(0)
             got = oracle.run(compiled, args)
         if name != "randn_like_inside":
-            oracle.compare(got, no_dropout(original, args), torch.float64)
+            comparison.compare(got, no_dropout(original, args), torch.float64)
         oracle.run(compiled, args)
 
 
