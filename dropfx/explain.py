@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dropfx.compiler import State, _check_model, _restore, _swap, check_inputs
@@ -177,7 +178,7 @@ def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
     for module in model.modules():
         for leaf in pytree.tree_leaves(list(vars(module).values())):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+            if isinstance(leaf, Tensor) and not is_lazy(leaf) and not leaf.is_leaf:
                 memo[id(leaf)] = leaf.detach().clone()  # an activation that the forward keeps: deepcopy refuses it
     try:
         trial = copy.deepcopy(model, memo)

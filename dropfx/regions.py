@@ -113,9 +113,11 @@ def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> 
         _refuse_batch_statistics(module, node)
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
+        if "pinned" in node.meta or "site" in node.meta:
+            continue
         if op_name(node) == "linear":
             _linear_consumer(region, node, read)
-        elif "pinned" in node.meta or "site" in node.meta or node in taken:
+        elif node in taken:
             continue
         elif (at := _unitwise_after(region, node, read, zeros)) is not None:
             region.forms[node] = at
@@ -220,7 +222,10 @@ def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.
     """`reader`, if compact, reads `value` compact: a take if the value is dense."""
     taken = ("take", value)
     graph.add_edge(reader, taken, capacity=_INFINITE)
-    graph.add_edge(taken, value if value in region.forms else "dense", capacity=prices.take[value])
+    # a dense value after the site is not taken again: its units may be others than the padding of a ragged block
+    retaken = value in region.forms and value not in region.before
+    capacity = _INFINITE if retaken else prices.take[value]
+    graph.add_edge(taken, value if value in region.forms else "dense", capacity=capacity)
     if value in region.forms:
         _read_dense(graph, region, value, reader, prices)
 

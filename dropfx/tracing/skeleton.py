@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from dropfx.tracing.tracer import Tracer
@@ -88,6 +89,8 @@ class Builder:
         return made  # type: ignore[no-any-return]
 
     def tensor(self, tensor: Tensor) -> Tensor:
+        if is_lazy(tensor):
+            return tensor  # without a shape there is nothing to fake
         if id(tensor) not in self.tensors:
             # a non-leaf's history is not part of the trace, and asking it for .grad warns
             leaf = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
