@@ -1,4 +1,4 @@
-"""Rates outside of [0, 1] are an error at the call, as PyTorch's dropout has it; the model works once they are mended."""
+"""Rates outside of [0, 1] are an error at the call, as in PyTorch's dropout; the model works once they are mended."""
 
 from __future__ import annotations
 
