@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import operator
-import random
-import sys
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -28,12 +24,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
+from dropfx.tracing.refusal import TraceRefused, why
 from dropfx.tracing.skeleton import Builder, Opaque, Recorder
+from dropfx.tracing.surroundings import surroundings
+from dropfx.tracing.watch import contents, modes, random_state, restore_random, which_mode
 
 _UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,14 +44,6 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
-
-
-class TraceRefused(Exception):
-    """A module's forward cannot be recorded; `path` is the innermost such module."""
-
-    def __init__(self, reason: str, path: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.path = reason, path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +145,8 @@ class Tracer(fx.Tracer):
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
         python_random = random_state()
-        with _outside_of_checkpoints(), _Functions(self), _no_custom_functions(), _factories(self), _quiet():
-            self._modes = _modes()
+        with surroundings(self):
+            self._modes = modes()
             out_spec = self._record_forward(inputs, named)
         if random_state() != python_random:
             restore_random(python_random)
@@ -185,10 +176,10 @@ class Tracer(fx.Tracer):
         self._visit(module, path)
         self._stack.append((path, module._dropfx_class))
         self._calls[path] += 1
-        state, contents = random_state(), _contents(module)
+        state, held = random_state(), contents(module)
         try:
             out = module.forward(*args, **kwargs)
-            if _contents(module) != contents:
+            if contents(module) != held:
                 self.refuse("its forward changes a container among its attributes")
             if random_state() != state:
                 restore_random(state)
@@ -197,7 +188,7 @@ class Tracer(fx.Tracer):
             refusal.path = path if refusal.path is None else refusal.path
             raise
         except Exception as error:
-            raise TraceRefused(_why(error), path) from error
+            raise TraceRefused(why(error), path) from error
         finally:
             self._stack.pop()
         return out
@@ -287,8 +278,8 @@ class Tracer(fx.Tracer):
 
     def record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Append a node and return its proxy (a structure of proxies where the value is a structure)."""
-        if _modes() != self._modes:
-            self.refuse(_which_mode(self._modes, _modes()))
+        if modes() != self._modes:
+            self.refuse(which_mode(self._modes, modes()))
         site = self._site(kind, target, args, kwargs)
         if site is not None and site["live"] is not None:  # this use does not freeze the rate
             args, kwargs = pytree.tree_map(lambda a: float(a) if isinstance(a, LiveFloat) else a, (args, kwargs))
@@ -397,137 +388,9 @@ class Tracer(fx.Tracer):
             self.tracing = before
 
 
-class _Functions(TorchFunctionMode):
-    """Records torch functions that no proxy would see, such as torch.randn(3): nothing becomes a constant."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tracer = self._tracer
-        if not tracer.tracing:
-            return func(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Proxy) for leaf in leaves):
-            return tracer.function(func, args, kwargs)
-        with tracer.paused(), tracer.fake_mode:
-            out = func(*args, **kwargs)
-        return tracer.function(func, args, kwargs) if isinstance(out, Tensor) else out
-
-
-def _outside_of_checkpoints() -> Any:
-    """Hide saved-tensor hooks from the trace: activation checkpointing counts what is saved."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
-
-
-@contextmanager
-def _factories(tracer: Tracer) -> Iterator[None]:
-    """Let torch.zeros(n, 3) and its kin record a proxied size, which their C argument parser does not take."""
-    names = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros")
-    originals = {name: getattr(torch, name) for name in names}
-
-    def recording(original: Any) -> Any:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if tracer.tracing and any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.record("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return factory
-
-    for name, original in originals.items():
-        setattr(torch, name, recording(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What goes wrong on fake tensors is a reason for `explain`, not a message to the user."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(before)
-
-
-@contextmanager
-def _no_custom_functions() -> Iterator[None]:
-    """Refuse autograd.Function.apply on proxies: inlining it would lose its backward, and C would read a proxy."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise TraceRefused(f"its forward calls an autograd.Function ({cls.__name__})")
-        return original.__func__(cls, *args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def _why(error: Exception) -> str:
-    """The reason that an error while tracing gives."""
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return "its forward uses activation checkpointing"
-        frame = frame.tb_next
-    message = str(error).strip().splitlines() or [type(error).__name__]
-    return f"its forward cannot be traced: {message[0]}"
-
-
 def _plain(value: Any) -> bool:
     if type(value) is dict:
         value = list(value.values())
     if type(value) in (tuple, list, set):
         return all(type(v) is float or _plain(v) for v in value)
     return isinstance(value, _PLAIN)
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    """Contents of the module's own plain containers, by identity of their elements."""
-    own = object.__getattribute__(module, "__dict__")
-    return {
-        name: [id(v) for v in (value.values() if isinstance(value, dict) else value)]
-        for name, value in own.items()
-        if isinstance(value, (list, set, dict, deque)) and name not in ("_parameters", "_buffers", "_modules")
-    }
-
-
-def _modes() -> tuple[Any, ...]:
-    devices = ("cpu", "cuda")
-    autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in devices)
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, hooks
-
-
-def _which_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
-    names = ("grad mode", "inference mode", "autocast", "saved-tensor hooks (activation checkpointing)")
-    return "its forward changes " + next(n for n, a, b in zip(names, before, now, strict=True) if a != b)
-
-
-def random_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    numbers = None if numpy is None else tuple(numpy.random.get_state()[1].tolist())
-    return random.getstate(), numbers
-
-
-def restore_random(state: Any) -> None:
-    if random_state() == state:
-        return
-    random.setstate(state[0])
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        kind, _, *rest = numpy.random.get_state()
-        numpy.random.set_state((kind, numpy.array(state[1], dtype="uint32"), *rest))
