@@ -126,10 +126,10 @@ class Specialisation:
 
     def __call__(self, root: nn.Module, tensors: list[Tensor]) -> Any:
         """Run on the tensor leaves of the inputs."""
-        outputs = self._run(root, *tensors, *self._inputs())
+        outputs = self._run(root, *tensors, *self.draw_inputs())
         return outputs[0] if self._out_spec is None else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def _inputs(self) -> list[Any]:
+    def draw_inputs(self) -> list[Any]:
         """The draws and live rates, in the order of insert_draws' placeholders."""
         draws: dict[int, Draw] = {}
         for indices, plan in self._plans:

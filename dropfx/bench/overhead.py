@@ -1,4 +1,4 @@
-"""What a compiled model costs beside its arithmetic: key check, draws, dispatch of the gathered ops."""
+"""What a compiled model costs beside its arithmetic: key check and draws (the wrapper), dispatch of the gathered ops."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 import dropfx
 from dropfx.bench import harness
 from dropfx.bench.training import mlp
+from dropfx.specialise import key_of
 
 _SIZES = (8, 8, 8, 8)
 _CALLS = 100
@@ -19,12 +20,26 @@ _CALLS = 100
 
 @dataclass(frozen=True)
 class Overhead:
-    """Median microseconds a forward call of a 3-layer MLP of 8 units; its arithmetic is negligible."""
+    """Median microseconds a forward call of a 3-layer MLP of 8 units; its arithmetic is negligible.
 
+    Attributes:
+        key: finding the specialisation: kinds of the inputs, and whether what the trace read is unchanged.
+        draws: the draws of all sites.
+        plain, compiled: whole calls in training.
+        plain_eval, compiled_eval: whole calls in eval.
+    """
+
+    key: float
+    draws: float
     plain: float
     compiled: float
     plain_eval: float
     compiled_eval: float
+
+    @property
+    def wrapper(self) -> float:
+        """What a call pays before the rewritten graph runs."""
+        return self.key + self.draws
 
 
 def measure(rounds: int = 20) -> Overhead:
@@ -32,30 +47,40 @@ def measure(rounds: int = 20) -> Overhead:
     torch.manual_seed(0)
     plain = mlp(_SIZES, 0.5)
     compiled = dropfx.compile(copy.deepcopy(plain), min_speedup=0)
-    training = _per_call(plain, compiled, rounds)
+    inputs = torch.randn(4, _SIZES[0])
+    compiled(inputs)
+    state = compiled.__dict__["_dropfx"]
+
+    def look_up() -> object:
+        return state.find((1, *(key_of([inputs]) or ())), [inputs])
+
+    found = look_up()
+    assert found is not None
+    parts = _microseconds({"key": look_up, "draws": found.draw_inputs}, rounds)
+    calls: dict[str, harness.Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
+    training = _microseconds(calls, rounds)
     plain.eval()
     compiled.eval()
-    return Overhead(*training, *_per_call(plain, compiled, rounds))
+    return Overhead(*parts, *training, *_microseconds(calls, rounds))
 
 
-def _per_call(plain: torch.nn.Module, compiled: torch.nn.Module, rounds: int) -> tuple[float, float]:
-    inputs = torch.randn(4, _SIZES[0])
+def _microseconds(calls: dict[str, harness.Step], rounds: int) -> list[float]:
+    """Median microseconds a call of each, in order."""
 
-    def calls(model: torch.nn.Module) -> None:
-        for _ in range(_CALLS):
-            model(inputs)
+    def repeated(call: harness.Step) -> harness.Step:
+        return lambda: [call() for _ in range(_CALLS)]
 
-    steps: dict[str, harness.Step] = {"plain": lambda: calls(plain), "compiled": lambda: calls(compiled)}
-    times = harness.interleave(steps, rounds, turn_seconds=0)
-    plain_time, compiled_time = (statistics.median(times[name]) / _CALLS * 1e6 for name in ("plain", "compiled"))
-    return plain_time, compiled_time
+    times = harness.interleave({name: repeated(call) for name, call in calls.items()}, rounds, turn_seconds=0)
+    return [statistics.median(times[name]) / _CALLS * 1e6 for name in calls]
 
 
 def show(console: Console, overhead: Overhead) -> None:
-    """One line: microseconds that a call of the compiled model takes more."""
+    """One line: microseconds that a call of the compiled model takes more, and where they go."""
+    dispatch = overhead.compiled - overhead.plain - overhead.wrapper
     console.print(
-        f"per call of a 3-layer MLP of 8 units: training {overhead.plain:.0f} us plain, {overhead.compiled:.0f} us "
-        f"compiled (key check, draws, op dispatch); eval {overhead.plain_eval:.0f} us plain, "
-        f"{overhead.compiled_eval:.0f} us compiled",
+        f"per training call of a 3-layer MLP of 8 units: {overhead.plain:.0f} us plain, {overhead.compiled:.0f} us "
+        f"compiled: {overhead.wrapper:.0f} us wrapper (key check {overhead.key:.0f}, draws {overhead.draws:.0f}), "
+        f"{dispatch:.0f} us more for the dispatch of the gathered ops; "
+        f"eval {overhead.plain_eval:.0f} us plain, {overhead.compiled_eval:.0f} us compiled",
         highlight=False,
     )

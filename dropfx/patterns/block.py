@@ -53,8 +53,10 @@ class Block(Pattern):
         )
 
     def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
+        chosen = hashes.topk(realisation.count, dim=1, sorted=False).indices
         # in order, so that neighbouring kept blocks are found next to each other
-        return hashes.argsort(dim=1)[:, : realisation.count].sort(dim=1)[0] * realisation.run
+        starts = chosen.sort(dim=1).values
+        return starts if realisation.run == 1 else starts * realisation.run
 
 
 def _fit(units: int, rate: float, size: int) -> Realisation:
