@@ -13,6 +13,7 @@ from dropfx.errors import (
 )
 from dropfx.explain import Report, explain
 from dropfx.runtime import disabled
+from dropfx.statistics import Statistics, statistics
 
 __version__ = "0.1.0"
 
@@ -25,10 +26,12 @@ __all__ = [
     "NoDropoutWarning",
     "NotEquivalent",
     "Report",
+    "Statistics",
     "compile",
     "disabled",
     "explain",
     "patterns",
     "restore",
+    "statistics",
     "testing",
 ]

@@ -38,11 +38,17 @@ class AxisRule:
             that broadcast along the axis are left out.
         output: (node, operand, its axis) -> axis of the output, None if it does not survive.
         zero: (node, operands that are 0 at dropped units) -> the output is 0 there too.
+        leads: (node) -> the first axis of the operand is the first one of the output.
+        moves_rows: the axes before the unit axis may change order or length.
+        pointwise: operands broadcast against each other.
     """
 
     operands: Callable[[fx.Node, Axis], Operands | None]
     output: Callable[[fx.Node, fx.Node, Axis], Axis | None]
     zero: Zero
+    leads: Callable[[fx.Node], bool] = lambda node: True
+    moves_rows: bool = False
+    pointwise: bool = False
 
 
 # -- element by element ---------------------------------------------------------------------------------------------
@@ -108,7 +114,7 @@ def _threshold_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
 
 
 def _pointwise(zero: Zero) -> AxisRule:
-    return AxisRule(_pointwise_operands, _pointwise_output, zero)
+    return AxisRule(_pointwise_operands, _pointwise_output, zero, pointwise=True)
 
 
 # -- first operand only: casts and copies ---------------------------------------------------------------------------
@@ -189,6 +195,11 @@ def _permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
     return Axis(order.index(len(order) + axis.dim) - len(order), axis.factor)
 
 
+def _first_stays(node: fx.Node) -> bool:
+    order = _order(node)
+    return order is not None and order[:1] == [0]
+
+
 def _index_order(node: fx.Node) -> list[int | None] | None:
     """Which input axis each output axis of x[index] is, None for new or cut axes; None if it indexes by tensors."""
     value, index = value_of(node.args[0]), node.args[1]
@@ -231,6 +242,11 @@ def _index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
     return Axis(order.index(value.dim() + axis.dim) - len(order), axis.factor)
 
 
+def _index_keeps_first(node: fx.Node) -> bool:
+    order = _index_order(node)
+    return order is not None and order[:1] == [0]
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 _ZERO_AT_ZERO = (
@@ -256,9 +272,12 @@ AXIS_RULES: dict[str, AxisRule] = {
     "threshold": _pointwise(_threshold_zero),
     "pow": _pointwise(_power_at_least_one),
     **{name: AxisRule(_first_operand, _first_output, _always) for name in _COPIES.split()},
-    **{name: AxisRule(_reshape_operands, _reshape_output, _always) for name in _RESHAPES.split()},
-    **{name: AxisRule(_permute_operands, _permute_output, _always) for name in _PERMUTATIONS.split()},
-    "getitem": AxisRule(_index_operands, _index_output, _always),
+    **{name: AxisRule(_reshape_operands, _reshape_output, _always, lambda node: False) for name in _RESHAPES.split()},
+    **{
+        name: AxisRule(_permute_operands, _permute_output, _always, _first_stays, moves_rows=True)
+        for name in _PERMUTATIONS.split()
+    },
+    "getitem": AxisRule(_index_operands, _index_output, _always, _index_keeps_first, moves_rows=True),
 }
 """Operation name (as `graphs.op_name` gives it) -> its row. What has no row is dense."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropfx import bench, demo
+from dropfx import bench, demo, statistics_report
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.explain import explain
 from dropfx.testing import assert_equivalent
@@ -125,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     checks = _model_command(commands, "check", "compare the compiled model with the masked dense one")
     checks.add_argument("--draws", type=int, default=3, help="draws to compare (default: 3)")
     checks.set_defaults(run=_check)
+    patterns = commands.add_parser("patterns", help="compare the patterns' statistics with independent dropout's")
+    statistics_report.add_arguments(patterns)
+    patterns.set_defaults(run=statistics_report.main)
     benches = commands.add_parser("bench", help="run a benchmark").add_subparsers(required=True, metavar="NAME")
     for name in bench.BENCHES:
         module = bench.load(name)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dropfx.patterns import Pattern, Realisation
+from dropfx.patterns import Kept, KeptTiles, Pattern, Realisation, unwrapped
 from dropfx.runtime import runtime
 
 
@@ -62,14 +63,11 @@ def data_parallel_rank() -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One site's outcome: what the graph receives.
+class Draw(NamedTuple):
+    """One site's outcome for a pattern of units: what the graph receives.
 
     Attributes:
-        starts: int64 [count], first unit of each kept run.
-        run: units in a run; positions are taken modulo the number of units.
-        scale: multiplier of the kept units: a float, or [width] with zeros at the padding of a ragged block.
+        starts, run, scale: as in `patterns.Kept`.
         realisation: the pattern fitted to the site's axis.
     """
 
@@ -80,18 +78,32 @@ class Draw:
 
     @property
     def width(self) -> int:
-        return self.realisation.width
+        """Compact width of this draw, padding included."""
+        return self.starts.size(-1) * self.run
 
     def units(self) -> Tensor:
-        """Kept units, int64 [width], padding wrapped to the axis' beginning."""
-        positions = (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).flatten()
-        return positions % self.realisation.units
+        """Kept units, int64 [(groups,) width], padding wrapped to the axis' beginning."""
+        return unwrapped(self.starts, self.run) % self.realisation.units
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Dense multiplier [units]: 0 where dropped, the scale where kept."""
-        scale = torch.as_tensor(self.scale, dtype=dtype, device=self.starts.device).expand(self.width)
-        mask = torch.zeros(self.realisation.units, dtype=dtype, device=self.starts.device)
-        return mask.index_add_(0, self.units(), scale)
+        """Dense multiplier [(groups,) units]: 0 where dropped, the scale where kept."""
+        units = self.units()
+        scale = torch.as_tensor(self.scale, dtype=dtype, device=units.device).expand_as(units)
+        mask = torch.zeros(*units.shape[:-1], self.realisation.units, dtype=dtype, device=units.device)
+        return mask.scatter_add_(-1, units, scale)
+
+
+class TileDraw(NamedTuple):
+    """One site's outcome for tiles of a weight: (r + c - bias) mod period = 0 are kept, times scale."""
+
+    period: int
+    bias: int
+    scale: float
+
+    def mask(self, rows: int, columns: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Dense multiplier [rows, columns] of a weight cut in tiles of `shape`."""
+        place = (torch.arange(rows) // shape[0])[:, None] + torch.arange(columns) // shape[1]
+        return ((place - self.bias) % self.period == 0).to(dtype) * self.scale
 
 
 @dataclass
@@ -110,8 +122,10 @@ class DrawPlan:
     pattern: Pattern
     device: torch.device
     _batches: list[tuple[Realisation, list[int], Tensor]] = field(init=False, repr=False)
+    _source: torch.device = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._source = torch.device("cpu") if self.pattern.on_host else self.device
         members: dict[Realisation, list[int]] = {}
         for index, realisation in enumerate(self.realisations):
             members.setdefault(realisation, []).append(index)
@@ -119,25 +133,30 @@ class DrawPlan:
 
     def _counters(self, shape: Realisation, sites: list[int]) -> Tensor:
         keys = torch.tensor([_signed(site_key(self.names[i])) for i in sites], dtype=torch.int64)
-        steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, shape.slots + 1)], dtype=torch.int64)
-        return (keys[:, None] + steps).to(self.device)
+        steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, shape.numbers + 1)], dtype=torch.int64)
+        return (keys[:, None] + steps).to(self._source)
 
-    def draw(self, number: Tensor) -> list[Draw]:
+    def draw_number(self) -> Tensor:
+        """The one number of a call, from the default generator of the device that the draws are made on."""
+        return draw_number(self._source)
+
+    def draw(self, number: Tensor) -> list[Draw | TileDraw]:
         """All draws of one call from its number (int64 scalar)."""
         rank = data_parallel_rank()
         if rank:
             # hashed, not added: rank r of one step must not be rank 0 of another
             number = _mix(number + _signed(rank * _GOLDEN))
-        draws: list[Draw | None] = [None] * len(self.names)
+        draws: list[Any] = [None] * len(self.names)
         for shape, sites, counters in self._batches:
-            starts = self.pattern.starts(_mix(counters + number), shape)
-            for index, row in zip(sites, starts.unbind(0), strict=True):
-                draws[index] = Draw(row, shape.run, _scale(row, shape), shape)
-        return [draw for draw in draws if draw is not None]
+            for index, kept in zip(sites, self.pattern.choose(_mix(counters + number), shape), strict=True):
+                draws[index] = self._placed(kept, shape)
+        return draws
 
-
-def _scale(starts: Tensor, shape: Realisation) -> float | Tensor:
-    if not shape.ragged:
-        return shape.scale
-    positions = (starts[:, None] + torch.arange(shape.run, device=starts.device)).flatten()
-    return (positions < shape.units).to(torch.float64) * shape.scale
+    def _placed(self, kept: Kept | KeptTiles, shape: Realisation) -> Draw | TileDraw:
+        if isinstance(kept, KeptTiles):
+            return TileDraw(*kept)
+        if self._source == self.device:
+            return Draw(*kept, shape)
+        starts, run, scale = kept
+        scale = scale.to(self.device, non_blocking=True) if isinstance(scale, Tensor) else scale
+        return Draw(starts.to(self.device, non_blocking=True), run, scale, shape)

@@ -10,7 +10,7 @@ import torch
 
 from dropfx.errors import InvalidOption, LoweringUnavailable
 from dropfx.pass_infra import Options
-from dropfx.patterns import BY_NAME, Block, Pattern
+from dropfx.patterns import BY_NAME, Block, Pattern, Tile
 
 NAMES = ("pattern", "block", "groups", "lowering", "min_speedup")
 LOWERINGS = ("auto", "aten", "triton")
@@ -34,12 +34,15 @@ def make_options(
         close = difflib.get_close_matches(name, NAMES, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(NAMES)}{hint}")
-    if type(groups) is not int or groups != 1:
-        raise InvalidOption(f"groups: got {groups!r}, accepted is 1 (one draw for the whole batch)")
+    if type(groups) is not int or groups < 1:
+        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws a batch)")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
         raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
     _check_lowering(lowering)
-    return Options(_make_pattern(pattern, block), lowering, float(min_speedup))
+    made = _make_pattern(pattern, block)
+    if groups > 1 and isinstance(made, Tile):
+        raise InvalidOption(f"groups: got {groups!r}, but the tiles of a weight serve the whole batch: accepted is 1")
+    return Options(made, lowering, float(min_speedup), groups)
 
 
 def _make_pattern(pattern: str | Pattern, block: int | str) -> Pattern:

@@ -25,6 +25,15 @@ class Options:
     pattern: Pattern
     lowering: str = "auto"
     min_speedup: float = 1.05
+    groups: int = 1
+
+    def realise(self, units: int, rate: float) -> Realisation:
+        """The pattern fitted to an axis, with a draw a group.
+
+        Raises:
+            PatternRefused: the axis cannot be dropped at this rate.
+        """
+        return self.pattern.realise(units, rate, self.groups)
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Site:
         live: (module path, attribute) from which the rate is read at each call; None for a constant.
         node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
         axis: its unit axis, counted from the end.
+        rank: dimensions of its tensor.
+        weights: shapes of the weights that drop tiles for it.
         realisation: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
     """
@@ -46,6 +57,8 @@ class Site:
     live: tuple[str, str] | None = None
     node: fx.Node | None = None
     axis: int = -1
+    rank: int = 0
+    weights: list[tuple[int, int]] = field(default_factory=list)
     realisation: Realisation | None = None
     reason: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

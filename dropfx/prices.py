@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
@@ -24,15 +24,16 @@ def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     return rows, weight.size(0), weight.size(1), 1 + int(x.requires_grad) + int(weight.requires_grad)
 
 
-def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts) -> Prices:
-    """Prices of a region whose site keeps the share `keep`, in integer nanoseconds."""
+def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:
+    """Prices of a region whose site keeps the share `keep` in each of `groups` draws, in integer nanoseconds."""
     compact, dense, take, put = {}, {}, {}, {}
     for node in region.nodes:
-        compact[node], dense[node] = _labels(region, node, keep, others, costs)
+        compact[node], dense[node] = _labels(region, node, keep, others, costs, groups)
         for value in (node, *region.wants.get(node, {})):
             elements, itemsize = _size(value)
             # forward copies the kept part, backward fills the dense one; a put is the reverse
             moved = costs.move(elements * keep, itemsize) + costs.move(elements, itemsize, 1 + keep)
+            moved += 2 * (groups - 1) * costs.launch
             take[value] = put[value] = _nanoseconds(moved)
     return Prices(compact, dense, take, put)
 
@@ -45,7 +46,9 @@ def everything_prices(region: Region) -> Prices:
     return Prices(dict.fromkeys(region.nodes, 0), value, read, read)
 
 
-def _labels(region: Region, node: fx.Node, keep: float, others: Keeps, costs: DeviceCosts) -> tuple[int, int]:
+def _labels(
+    region: Region, node: fx.Node, keep: float, others: Keeps, costs: DeviceCosts, groups: int
+) -> tuple[int, int]:
     elements, itemsize = _size(node)
     if op_name(node) == "linear":
         keep_in, keep_out = others(node)
@@ -54,7 +57,7 @@ def _labels(region: Region, node: fx.Node, keep: float, others: Keeps, costs: De
             keep_in = keep
         else:
             keep_out = keep
-        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize)), _nanoseconds(dense)
+        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups)), _nanoseconds(dense)
     if node is region.site:
         return _nanoseconds(2 * costs.move(elements * keep, itemsize)), _nanoseconds(costs.dropout(elements, itemsize))
     if node in region.sinks:  # residual add
@@ -67,14 +70,32 @@ def _labels(region: Region, node: fx.Node, keep: float, others: Keeps, costs: De
     )
 
 
-def _linear(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts, itemsize: int) -> float:
+def _linear(
+    node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts, itemsize: int, groups: int = 1
+) -> float:
     m, n, k, products = linear_products(node)
-    time = products * costs.gemm(m, n * keep_out, k * keep_in, itemsize)
-    if keep_in < 1 or keep_out < 1:
-        kept = n * k * keep_in * keep_out
-        # gather of the weight, then zeros and scatter of its gradient
-        time += costs.move(kept, itemsize) + costs.move(n * k, itemsize, 1) + costs.move(kept, itemsize)
-    return time
+    if keep_in == keep_out == 1:
+        return products * costs.gemm(m, n, k, itemsize)
+    kept = n * k * keep_in * keep_out
+    # a product a group; gather of the weight, for several groups again in backward; scatter of its gradient
+    time = groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
+    time += groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
+    return time + costs.move(n * k, itemsize, 1)  # zeros
+
+
+def tiled_times(site: fx.Node, linears: Sequence[fx.Node], keep: float, costs: DeviceCosts) -> tuple[float, float]:
+    """Seconds of a dropout and the Linears that read it, as written and with tiles of their weights dropped."""
+    elements, itemsize = _size(site)
+    dense, tiled = costs.dropout(elements, itemsize), 0.0
+    for linear in linears:
+        m, n, k, products = linear_products(linear)
+        dense += products * costs.gemm(m, n, k, itemsize)
+        classes = round(1 / keep)
+        tiled += classes * products * costs.gemm(m, n * keep, k * keep, itemsize)
+        # input and output brought into the order of the classes and back, kept tiles gathered, their gradient put
+        tiled += 2 * costs.move(m * (n + k), itemsize)
+        tiled += 2 * classes * costs.move(n * k * keep * keep, itemsize) + costs.move(n * k, itemsize, 1)
+    return dense, tiled
 
 
 def _size(node: fx.Node) -> tuple[int, int]:

@@ -39,6 +39,8 @@ class Region:
         before: the nodes of `forms` that precede the site.
         sinks: consumers, which read compact and emit dense: Linear, residual add.
         probabilities: the site drops the outcome of a softmax over its units.
+        leading: length of the site's first axis where the draws differ along it, else None.
+        straight: values whose first axis is the site's.
     """
 
     site: fx.Node
@@ -47,6 +49,8 @@ class Region:
     before: set[fx.Node] = field(default_factory=set)
     sinks: set[fx.Node] = field(default_factory=set)
     probabilities: bool = False
+    leading: int | None = None
+    straight: set[fx.Node] = field(default_factory=set)
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -61,8 +65,11 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
         RegionRefused: a neighbour forbids a draw that the batch shares.
     """
     assert site.node is not None
-    region = Region(site.node)
+    region = Region(site.node, straight={site.node})
     region.forms[site.node] = Axis(site.axis)
+    value = value_of(site.node)
+    if site.realisation is not None and site.realisation.groups > 1 and value is not None:
+        region.leading = value.size(0)
     source = site.node.args[0] if site.node.args else site.node.kwargs["input"]
     assert isinstance(source, fx.Node)
     region.wants[site.node] = {source: Axis(site.axis)}
@@ -78,6 +85,8 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
         if node in region.forms or node in taken or "pinned" in node.meta or "site" in node.meta:
             continue
         name, rule = op_name(node), rule_of(node)
+        if region.leading is not None and not _leads(node, at, region.leading):
+            continue
         region.probabilities |= name in _SOFTMAX and _over_units(node, at)
         if name in GEMMS and at == Axis(-1) and _gatherable(node):
             region.forms[node] = at
@@ -85,10 +94,38 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
         elif rule is not None and (operands := rule.operands(node, at)) is not None:
             region.forms[node] = at
             region.wants[node] = operands
-            pending += operands.items()
+            grouped = region.leading is not None
+            pending += [(o, axis) for o, axis in operands.items() if not grouped or same_rows(o, node, axis)]
         else:
             continue
         region.before.add(node)
+
+
+def same_rows(operand: fx.Node, reader: fx.Node, axis: Axis) -> bool:
+    """Whether operand and reader agree in the axes before the unit axis; else the operand is broadcast."""
+    value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
+    if rule is None or not rule.pointwise:
+        return True
+    return value is not None and out is not None and value.shape[: axis.dim] == out.shape[: axis.dim]
+
+
+def rows_source(node: fx.Node) -> fx.Node:
+    """An operand whose first axis is the first axis of a region's node before or at the site."""
+    form = node.meta.get("form")
+    operands = [o for o in node.all_input_nodes if value_of(o) is not None]
+    if form is None or op_name(node) in GEMMS:
+        return operands[0]
+    return next(o for o in operands if same_rows(o, node, form.axis))
+
+
+def _leads(node: fx.Node, at: Axis, leading: int) -> bool:
+    """Whether the node's first axis is the site's, before the site: its length is asked there."""
+    value, rule = value_of(node), rule_of(node)
+    if value is None or value.dim() + at.dim < 1 or value.size(0) != leading:
+        return False
+    if rule is None:
+        return op_name(node) in GEMMS
+    return rule.leads(node) and any(same_rows(o, node, at) for o in node.all_input_nodes)
 
 
 def _over_units(node: fx.Node, axis: Axis) -> bool:
@@ -159,8 +196,20 @@ def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: s
     operands = None if found or at is None else rule.operands(node, at)
     if operands is None or any(operands.get(operand) != region.forms[operand] for operand in read):
         return None
+    if region.leading is not None and not _keeps_groups(region, node, read):
+        return None
     region.wants[node] = operands
     return at
+
+
+def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
+    """Whether the rows of a node after the site are the site's, in order."""
+    rule = rule_of(node)
+    assert rule is not None
+    straight = rule.leads(node) and region.straight.issuperset(read)
+    if straight:
+        region.straight.add(node)
+    return (straight or not rule.moves_rows) and all(same_rows(o, node, region.forms[o]) for o in read)
 
 
 def residual_base(node: fx.Node, branch: fx.Node) -> Any:
@@ -178,6 +227,8 @@ def _takes_residual(node: fx.Node, read: list[fx.Node], region: Region) -> bool:
     base, alpha, at = residual_base(node, branch), node.kwargs.get("alpha", 1), region.forms[branch]
     out, value = value_of(node), value_of(branch)
     if base is branch or value_of(base) is None or out is None or value is None:
+        return False
+    if region.leading is not None and out.shape != value.shape:
         return False
     return isinstance(alpha, (int, float)) and out.shape[at.dim] == value.shape[at.dim]
 

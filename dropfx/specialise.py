@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
-from dropfx.draws import Draw, DrawPlan, draw_number
+from dropfx.draws import Draw, DrawPlan, TileDraw
+from dropfx.ops.groups import sizes
 from dropfx.pass_infra import Context, Options, Site, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.passes.insert_draws import FIELDS
-from dropfx.patterns import PatternRefused, Realisation
+from dropfx.patterns import PatternRefused, Realisation, Tile
 from dropfx.runtime import runtime
 from dropfx.tracing import Trace, hooked, trace
 
@@ -70,6 +70,7 @@ class Specialisation:
         self.leaves = traced.leaves
         self.context = _transform(root, traced, prefix, options)
         self.sites = [s for s in self.context.sites if s.rewritten]
+        self._results = traced.out_spec.num_leaves
         self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec
         self._modules = _module_checks(root, traced, original_class)
         self._children = [(root.get_submodule(p)._modules, len(root.get_submodule(p)._modules)) for p in traced.visited]
@@ -126,29 +127,53 @@ class Specialisation:
 
     def __call__(self, root: nn.Module, tensors: list[Tensor]) -> Any:
         """Run on the tensor leaves of the inputs."""
-        outputs = self._run(root, *tensors, *self.draw_inputs())
+        draws = self.draw()
+        outputs = self._run(root, *tensors, *self._inputs(draws))
+        outputs, rows = outputs[: self._results], outputs[self._results :]
+        if runtime.frame is not None:
+            self._record(draws, rows)
         return outputs[0] if self._out_spec is None else pytree.tree_unflatten(outputs, self._out_spec)
 
-    def draw_inputs(self) -> list[Any]:
-        """The draws and live rates, in the order of insert_draws' placeholders."""
-        draws: dict[int, Draw] = {}
+    def draw(self) -> dict[int, Draw | TileDraw]:
+        """Fresh draws of the rewritten sites, by their numbers."""
+        draws: dict[int, Draw | TileDraw] = {}
         for indices, plan in self._plans:
-            draws.update(zip(indices, plan.draw(draw_number(plan.device)), strict=True))
-        if runtime.frame is not None:
-            self._record(draws)
+            draws.update(zip(indices, plan.draw(plan.draw_number()), strict=True))
+        return draws
+
+    def _inputs(self, draws: dict[int, Draw | TileDraw]) -> list[Any]:
+        """The draws and live rates, in the order of insert_draws' placeholders."""
         inputs: list[Any] = []
         for index, site in enumerate(self.context.sites):
             if index in draws:
-                inputs += [getattr(draws[index], field) for field in FIELDS]
+                inputs += [getattr(draws[index], field) for field in self._options.pattern.fields]
             elif site.takes_rate:
                 inputs.append(self._rates[index])
         return inputs
 
-    def _record(self, draws: dict[int, Draw]) -> None:
+    def _record(self, draws: dict[int, Draw | TileDraw], rows: tuple[int, ...]) -> None:
+        """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""
+        lengths = dict(zip(self.context.draws, rows, strict=False))
         for index, draw in draws.items():
             site = self.context.sites[index]
-            mask = draw.mask(site.dtype)
-            runtime.note(site.name, mask.view(-1, *[1] * (-1 - site.axis)))
+            if isinstance(draw, TileDraw):
+                self._record_tiles(site, draw)
+                continue
+            mask, behind = draw.mask(site.dtype), [1] * (-1 - site.axis)
+            if index in lengths:
+                length = lengths[index]
+                spread = torch.tensor(sizes(length, len(mask)), device=mask.device)
+                between = [1] * (site.rank - 2 - len(behind))
+                mask = mask.repeat_interleave(spread, dim=0).view(length, *between, mask.size(-1), *behind)
+            else:
+                mask = mask.view(-1, *behind)
+            runtime.note(site.name, mask)
+
+    def _record_tiles(self, site: Site, draw: TileDraw) -> None:
+        assert isinstance(self._options.pattern, Tile)
+        for number, weight in enumerate(site.weights):
+            name = site.name if len(site.weights) == 1 else f"{site.name}[{number}]"
+            runtime.note(name, draw.mask(*weight, self._options.pattern.shape, site.dtype).to(site.device))
 
 
 _MISSING = object()
@@ -195,7 +220,7 @@ def _kind(rate: Any, site: Site, options: Options) -> tuple[str, Realisation | N
     if not site.rewritten or site.realisation is None:
         return "drops", None
     try:
-        fit = options.pattern.realise(site.realisation.units, rate)
+        fit = options.realise(site.realisation.units, rate)
     except PatternRefused:
         return "not drawable", None
     return ("ragged" if fit.ragged else "drawn"), fit

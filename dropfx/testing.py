@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dropfx.compiler import State, _check_model, _swap, check_inputs
 from dropfx.errors import InvalidInput, NotEquivalent
 from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
+from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
 
@@ -70,7 +72,7 @@ def assert_equivalent(
         seed = torch.seed()
         with record() as masks, numbers_of_their_own():
             ours = _step(compiled, seed, inputs, kwargs or {})
-        with _masked(reference, masks[0] if masks else {}):
+        with _masked(reference, masks[0] if masks else {}, isinstance(checked.pattern, Tile)):
             theirs = _step(reference, seed, inputs, kwargs or {})
     largest = max(
         (float(v.abs().max()) for k, v in theirs.items() if "gradient" in k and v is not None and v.numel()),
@@ -135,31 +137,47 @@ def _difference(
 
 
 class _Substitute(TorchFunctionMode):
-    """Replaces a dropout by the multiplication with its recorded mask."""
+    """Replaces a dropout by the product with its recorded mask; where tiles are drawn, of the Linears' weights."""
 
-    def __init__(self, masks: Masks, stack: list[nn.Module], names: dict[nn.Module, str]) -> None:
+    def __init__(self, masks: Masks, stack: list[nn.Module], names: dict[nn.Module, str], tiles: bool) -> None:
         super().__init__()
         self._masks, self._stack, self._names = masks, stack, names
         self.calls: Counter[str] = Counter()
         self._functional: Counter[str] = Counter()
+        self._tiles = tiles
+        self._tiled: list[tuple[Tensor, Iterator[Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return backward_under(self, *args, **kwargs)
+        if func is F.linear and self._tiled:
+            return self._tiled_linear(*args, **kwargs)
         if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
             return func(*args, **kwargs)
-        mask = self._masks.get(self._name())
+        name = self._name()
         x = args[0] if args else kwargs["input"]
+        if self._tiles and (weights := _of_weights(self._masks, name)):
+            dropped = x.view_as(x)  # known again by identity
+            self._tiled.append((dropped, iter(weights)))
+            return dropped
+        mask = self._masks.get(name)
         if mask is None:
             return func(*args, **kwargs)
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
         return x.mul_(mask.to(x.dtype)) if inplace else x * mask.to(x.dtype)
 
+    def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        for dropped, masks in self._tiled:
+            if input is dropped or weight is dropped:
+                weight = weight * next(masks).to(weight.dtype)
+        return F.linear(input, weight, bias)
+
     def restart(self) -> None:
         """Count calls anew: activation checkpointing repeats a forward in backward."""
         self.calls.clear()
         self._functional.clear()
+        self._tiled.clear()
 
     def _name(self) -> str:
         module = self._stack[-1]
@@ -171,12 +189,18 @@ class _Substitute(TorchFunctionMode):
         return f"{path}:dropout_{self._functional[path]}"
 
 
+def _of_weights(masks: Masks, name: str) -> list[Tensor]:
+    """Masks of the weights that drop tiles for a site: `name`, or `name[0]`, `name[1]`, ..."""
+    numbered = (masks.get(f"{name}[{index}]") for index in range(len(masks)))
+    return [masks[name]] if name in masks else [mask for mask in numbered if mask is not None]
+
+
 @contextmanager
-def _masked(model: nn.Module, masks: Masks) -> Iterator[None]:
+def _masked(model: nn.Module, masks: Masks, tiles: bool) -> Iterator[None]:
     """The model with its dropouts replaced by the masks of the same names."""
     names = {module: name for name, module in model.named_modules()}
     stack = [model]
-    mode = _Substitute(masks, stack, names)
+    mode = _Substitute(masks, stack, names, tiles)
 
     def enter(module: nn.Module, args: Any) -> None:
         stack.append(module)

@@ -10,10 +10,12 @@ from dropfx.passes.functionalize import functionalize
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
+from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
+from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
 
 PIPELINE = (
@@ -21,7 +23,9 @@ PIPELINE = (
     canonicalize,
     find_sites,
     plan_regions,
+    plan_tiles,
     insert_draws,
+    rewrite_tiles,
     rewrite_sites,
     rewrite_views,
     rewrite_linear,

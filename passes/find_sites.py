@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from dropfx.graphs import argument, value_of
 from dropfx.pass_infra import Context, PassResult, Site
-from dropfx.patterns import PatternRefused
+from dropfx.patterns import PatternRefused, Tile
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
@@ -32,18 +32,20 @@ def _site(node: fx.Node, context: Context) -> Site:
     rate = known["rate"]
     numeric = isinstance(rate, (int, float))
     site = Site(known["name"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
-    site.reason = _refusal(node, site) if numeric else "its rate is computed in the forward"
+    site.reason = _refusal(node, site, context) if numeric else "its rate is computed in the forward"
     value = value_of(node)
     if not site.reason and value is not None:
-        site.device, site.dtype = value.device, value.dtype
+        site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()
+        if isinstance(context.options.pattern, Tile):  # fitted to the weights behind it
+            return site
         try:
-            site.realisation = context.options.pattern.realise(value.shape[site.axis], site.rate)
+            site.realisation = context.options.realise(value.shape[site.axis], site.rate)
         except PatternRefused as refusal:
             site.reason = str(refusal)
     return site
 
 
-def _refusal(node: fx.Node, site: Site) -> str:
+def _refusal(node: fx.Node, site: Site, context: Context) -> str:
     source = argument(node, 0, "input")
     value = value_of(node)
     if not 0 < site.rate < 1:
@@ -52,10 +54,14 @@ def _refusal(node: fx.Node, site: Site) -> str:
         return "it writes into memory that is read elsewhere"
     if value is None or value_of(source) is None:
         return "its input's shape is known only when it runs"
+    if isinstance(context.options.pattern, Tile):
+        return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
     if isinstance(source, fx.Node) and source.op == "get_attr":
-        return "it drops a weight, which patterns of units do not serve"
+        return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
     if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
         return f"its input has {value.dim()} dimension(s)"
+    if context.options.groups > 1 and value.dim() + site.axis < 1:
+        return "its input has no leading axis along which groups could lie"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""graph(x) -> graph(x, starts_0, run_0, width_0, scale_0, rate_1, ...)
+"""graph(x) -> graph(x, starts_0, run_0, width_0, scale_0, rate_1, ...)        as the fields of the pattern are
 
 Draws enter the graph as inputs, so that nothing can redraw, merge or hoist them (PyTorch issues 190717, 190758).
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx.pass_infra import Context, PassResult
-
-FIELDS = ("starts", "run", "width", "scale")
-"""Inputs of a site, in order: as the fields of `draws.Draw`."""
+from dropfx.passes.plan_regions import sites_of
+from dropfx.regions import rows_source
 
 
 def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
@@ -23,10 +22,30 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
     with graph.inserting_before(first_other):
         for index, site in enumerate(context.sites):
             if site.rewritten:
-                context.draws[index] = {field: graph.placeholder(f"{field}_{index}") for field in FIELDS}
+                context.draws[index] = {
+                    field: graph.placeholder(f"{field}_{index}") for field in context.options.pattern.fields
+                }
             elif site.takes_rate and site.node is not None:
                 _set_rate(site.node, graph.placeholder(f"rate_{index}"))
+    if context.options.groups > 1:
+        _insert_rows(graph, context)
     return PassResult(module, True)
+
+
+def _insert_rows(graph: fx.Graph, context: Context) -> None:
+    """Ask the length of each site's leading axis, along which its groups lie, before its first compact value is made.
+
+    It is an output of the graph too: what the draw's mask is depends on it.
+    """
+    output = graph.output_node()
+    for index, draw in context.draws.items():
+        first = next(node for node in graph.nodes if index in sites_of(node))
+        source = rows_source(first)
+        with graph.inserting_before(first):
+            draw["leading"] = graph.call_method("size", (source, 0))
+        if "form" in source.meta:  # its length does not depend on its form
+            draw["leading"].meta["reads"] = {source: source.meta["form"]}
+        output.args = ((*output.args[0], draw["leading"]),)  # type: ignore[misc]
 
 
 def _set_rate(node: fx.Node, rate: fx.Node) -> None:

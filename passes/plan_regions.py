@@ -37,7 +37,8 @@ class _Choice:
 def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     """Choose the compact nodes of every site; sites without gain get their reason."""
     chosen: dict[int, _Choice] = {}
-    candidates = [i for i, site in enumerate(context.sites) if site.rewritten]
+    # a pattern of tiles has fitted nothing to an axis of units
+    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.realisation is not None]
     for _ in range(_SWEEPS):
         before = {i: choice.compact for i, choice in chosen.items()}
         for index in candidates:
@@ -63,7 +64,8 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
         site.reason = str(refusal)
         return None
     keep = 1 - site.realisation.drawn_rate
-    prices = region_prices(region, keep, lambda node: _keeps(node, context, chosen), context.costs)
+    groups = site.realisation.groups
+    prices = region_prices(region, keep, lambda node: _keeps(node, context, chosen), context.costs, groups)
     compact = cut(region, prices if options.min_speedup > 0 else everything_prices(region))
     site.predicted_speedup = sum(prices.dense.values()) / max(price(region, compact, prices), 1)
     site.reason = ""
@@ -101,6 +103,12 @@ def _annotate(index: int, choice: _Choice) -> None:
         wants = choice.region.wants.get(node, {})
         if wants:
             node.meta["reads"] = {operand: Form(index, axis) for operand, axis in wants.items()}
+
+
+def sites_of(node: fx.Node) -> set[int]:
+    """Numbers of the sites by whose draws the plan made a node compact, or made it read compact."""
+    forms = [node.meta.get("form"), *node.meta.get("reads", {}).values()]
+    return {form.site for form in forms if form is not None}
 
 
 def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:

@@ -7,7 +7,7 @@ from torch import fx
 from dropfx import ops
 from dropfx.graphs import argument, insert, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
-from dropfx.passes.rewrite_sites import runs_of
+from dropfx.passes.rewrite_sites import kept_of
 
 
 def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
@@ -22,8 +22,8 @@ def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
         assert value is not None
         padding_idx = -1 if padding is None else padding % value.size(0)
         with graph.inserting_before(node):
-            runs = runs_of(graph, node.meta["form"], context)
-            args = (argument(node, 0, "input"), weight, *runs, padding_idx)
+            starts, run, leading = kept_of(graph, node.meta["form"], context)
+            args = (argument(node, 0, "input"), weight, starts, run, padding_idx, leading)
             new = insert(graph, ops.embedding_op, args, like=node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

@@ -9,7 +9,7 @@ from torch import fx
 from dropfx import ops
 from dropfx.graphs import argument, insert, op_name
 from dropfx.pass_infra import Context, PassResult
-from dropfx.passes.rewrite_sites import runs_of
+from dropfx.passes.rewrite_sites import DENSE, KeptNodes, kept_of
 
 
 def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
@@ -21,9 +21,10 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
         graph = node.graph
         with graph.inserting_before(node):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-            rows = _runs(graph, node.meta.get("form"), context)
-            cols = _runs(graph, next(iter(node.meta.get("reads", {}).values()), None), context)
-            args = (x, weight, argument(node, 2, "bias"), *rows, *cols, 1.0)
+            rows = _kept(graph, node.meta.get("form"), context)
+            cols = _kept(graph, next(iter(node.meta.get("reads", {}).values()), None), context)
+            runs = rows.starts, rows.run, cols.starts, cols.run
+            args = (x, weight, argument(node, 2, "bias"), *runs, 1.0, rows.leading, cols.leading)
             new = insert(graph, ops.linear_op, args, like=node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -31,5 +32,5 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
     return PassResult(module, modified)
 
 
-def _runs(graph: fx.Graph, form: Any, context: Context) -> tuple[Any, Any]:
-    return (None, 0) if form is None else runs_of(graph, form, context)
+def _kept(graph: fx.Graph, form: Any, context: Context) -> KeptNodes:
+    return DENSE if form is None else kept_of(graph, form, context)

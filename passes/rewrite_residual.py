@@ -9,7 +9,7 @@ from torch import fx
 from dropfx import ops
 from dropfx.graphs import insert, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
-from dropfx.passes.rewrite_sites import runs_of
+from dropfx.passes.rewrite_sites import kept_of
 
 
 def rewrite_residual(module: fx.GraphModule, context: Context) -> PassResult:
@@ -38,7 +38,8 @@ def _rewrite(node: fx.Node, context: Context) -> None:
         if compact_first and alpha != 1:
             base = insert(graph, operator.mul, (base, alpha), like=node)
         units = value.shape[form.axis.dim]
-        args = (base, branch, *runs_of(graph, form, context), form.axis.dim, units, scale)
+        starts, run, leading = kept_of(graph, form, context)
+        args = (base, branch, starts, run, form.axis.dim, units, scale, leading)
         new = insert(graph, ops.residual_add_op, args, like=node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

@@ -7,6 +7,7 @@ dense spelling.
 from __future__ import annotations
 
 import operator
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -14,6 +15,8 @@ from dropfx import ops
 from dropfx.graphs import argument, insert, value_of
 from dropfx.pass_infra import Context, PassResult
 from dropfx.passes.plan_regions import Form
+from dropfx.patterns import Tile
+from dropfx.regions import same_rows
 
 
 def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
@@ -30,33 +33,52 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
                 source = _put(operand, have, context, converted) if have else operand
             if want:
                 with graph.inserting_before(node):
-                    source = _take(source, operand, want, context, converted)
+                    source = _take(source, operand, node, want, context, converted)
             node.replace_input_with(operand, source)
-    for index, site in enumerate(context.sites):
-        if site.rewritten and site.node is not None:
-            _scale(site.node, context.draws[index]["scale"], site.axis)
+    for index, draw in context.draws.items():
+        site = context.sites[index]
+        if site.node is not None and not isinstance(context.options.pattern, Tile):
+            _scale(site.node, draw["scale"], site.axis)
     return PassResult(module, bool(context.draws))
 
 
-def runs_of(graph: fx.Graph, form: Form, context: Context) -> tuple[fx.Node, fx.Node]:
-    """Nodes of the kept runs of a form: starts and run length, in positions of its axis."""
+class KeptNodes(NamedTuple):
+    """What a gathered op is given of an axis: starts and run length, in its positions; rows, where groups need them."""
+
+    starts: Any
+    run: Any
+    leading: Any
+
+
+DENSE = KeptNodes(None, 0, 0)
+
+
+def kept_of(graph: fx.Graph, form: Form, context: Context) -> KeptNodes:
+    """Nodes of what a form keeps."""
     draw = context.draws[form.site]
-    starts, run = draw["starts"], draw["run"]
-    if form.axis.factor == 1:
-        return starts, run
-    return (
-        graph.call_function(operator.mul, (starts, form.axis.factor)),
-        graph.call_function(operator.mul, (run, form.axis.factor)),
-    )
+    starts, run, leading = draw["starts"], draw["run"], draw.get("leading", 0)
+    if form.axis.factor > 1:
+        starts = graph.call_function(operator.mul, (starts, form.axis.factor))
+        run = graph.call_function(operator.mul, (run, form.axis.factor))
+    return KeptNodes(starts, run, leading)
 
 
 def _take(
-    source: fx.Node, dense: fx.Node, form: Form, context: Context, done: dict[tuple[fx.Node, Form | None], fx.Node]
+    source: fx.Node,
+    dense: fx.Node,
+    reader: fx.Node,
+    form: Form,
+    context: Context,
+    done: dict[tuple[fx.Node, Form | None], fx.Node],
 ) -> fx.Node:
+    graph = source.graph
+    if context.draws[form.site].get("leading") and not same_rows(dense, reader, form.axis):
+        like = next(o for o in reader.all_input_nodes if same_rows(o, reader, form.axis))
+        source = graph.call_function(ops.spread_rows, (source, like, form.axis.dim))
     key = (source, form)
     if key not in done:
-        graph = source.graph
-        done[key] = insert(graph, ops.take_op, (source, *runs_of(graph, form, context), form.axis.dim), like=dense)
+        starts, run, leading = kept_of(graph, form, context)
+        done[key] = insert(graph, ops.take_op, (source, starts, run, form.axis.dim, leading), like=dense)
         done[key].meta.pop("reads", None)
         done[key].meta["form"] = form
     return done[key]
@@ -68,8 +90,8 @@ def _put(operand: fx.Node, form: Form, context: Context, done: dict[tuple[fx.Nod
         graph, value = operand.graph, value_of(operand)
         assert value is not None
         units = value.shape[form.axis.dim]
-        starts, run = runs_of(graph, form, context)
-        done[key] = insert(graph, ops.put_op, (operand, starts, run, form.axis.dim, units), like=operand)
+        starts, run, leading = kept_of(graph, form, context)
+        done[key] = insert(graph, ops.put_op, (operand, starts, run, form.axis.dim, units, leading), like=operand)
         done[key].meta = {"val": value}
     return done[key]
 

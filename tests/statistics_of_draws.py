@@ -45,7 +45,7 @@ def draws(model: nn.Module, times: int, seed: int = 0, batch: int = 1) -> dict[s
     return {name: torch.stack([masks[name].flatten() for masks in recorded]) for name in recorded[0]}
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1024)
 def cumulative(trials: int, probability: float) -> Tensor:
     """P(X <= c) for c = 0..trials, X binomial."""
     c = torch.arange(trials + 1, dtype=torch.float64)
@@ -60,11 +60,38 @@ def p_value(count: int, trials: int, probability: float) -> float:
     return min(1.0, 2.0 * min(float(below[count]), above))
 
 
-def assert_binomial(counts: list[int], trials: int, probability: float) -> None:
-    """No count lies further out than chance allows, by Bonferroni over the counts."""
+def assert_binomial(counts: list[int], trials: int, probability: float, significance: float = SIGNIFICANCE) -> None:
+    """No count lies further out than chance allows, by Bonferroni over the counts.
+
+    Bonferroni holds whatever the dependence: units of one draw share their fate, so that a chi-square over them would
+    be wrong; `trials` must be steps, which are independent.
+    """
     worst = min(p_value(count, trials, probability) for count in counts)
     message = f"p = {worst:.2g} among {len(counts)} counts, {counts[:8]} ..., expected {trials * probability:g}"
-    assert worst * len(counts) > SIGNIFICANCE, message
+    assert worst * len(counts) > significance, message
+
+
+def smallest_bias(
+    trials: int, probability: float, tests: int, significance: float = SIGNIFICANCE, power: float = 0.99
+) -> float:
+    """The least bias of one of `tests` units that `assert_binomial` catches with at least `power`, either way."""
+    allowed = significance / tests
+    low = next(c for c in range(trials + 1) if p_value(c, trials, probability) > allowed)
+    high = next(c for c in range(trials, -1, -1) if p_value(c, trials, probability) > allowed)
+
+    def caught(true: float) -> float:
+        below = cumulative(trials, true)
+        return (float(below[low - 1]) if low else 0.0) + 1.0 - float(below[high])
+
+    def needed(sign: int, room: float) -> float:
+        none, enough = 0.0, room * (1 - 1e-9)
+        assert caught(probability + sign * enough) >= power, "too few trials to catch any bias"
+        for _ in range(40):
+            middle = (none + enough) / 2
+            none, enough = (none, middle) if caught(probability + sign * middle) >= power else (middle, enough)
+        return enough
+
+    return max(needed(-1, probability), needed(1, 1 - probability))
 
 
 def assert_uniform(outcomes: list[object], classes: int) -> None:

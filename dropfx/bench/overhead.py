@@ -1,10 +1,11 @@
-"""What a compiled model costs beside its arithmetic: key check and draws (the wrapper), dispatch of the gathered ops."""
+"""What a compiled model costs beside its arithmetic: key check, draws, and dispatch of the gathered ops."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -51,12 +52,12 @@ def measure(rounds: int = 20) -> Overhead:
     compiled(inputs)
     state = compiled.__dict__["_dropfx"]
 
-    def look_up() -> object:
+    def look_up() -> Any:
         return state.find((1, *(key_of([inputs]) or ())), [inputs])
 
     found = look_up()
     assert found is not None
-    parts = _microseconds({"key": look_up, "draws": found.draw_inputs}, rounds)
+    parts = _microseconds({"key": look_up, "draws": found.draw}, rounds)
     calls: dict[str, harness.Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
     training = _microseconds(calls, rounds)
     plain.eval()

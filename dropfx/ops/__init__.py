@@ -4,6 +4,17 @@ from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.linear import linear_op
 from dropfx.ops.residual import residual_add_op
-from dropfx.ops.units import put_op, scale_units, take_op
+from dropfx.ops.tiles import tiled_linear_op
+from dropfx.ops.units import put_op, scale_units, spread_rows, take_op
 
-__all__ = ["EAGER", "embedding_op", "linear_op", "put_op", "residual_add_op", "scale_units", "take_op"]
+__all__ = [
+    "EAGER",
+    "embedding_op",
+    "linear_op",
+    "put_op",
+    "residual_add_op",
+    "scale_units",
+    "spread_rows",
+    "take_op",
+    "tiled_linear_op",
+]

@@ -50,3 +50,25 @@ def first_derivative_only(op: Any) -> None:
 def fresh(out: Tensor) -> Tensor:
     """A registered op may not return a view of its input."""
     return out.clone() if out._is_view() else out
+
+
+_library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
+
+
+def autocast(name: str) -> None:
+    """Let autocast cast the first three arguments of `dropfx::name`: input, weight, bias or None."""
+    op = getattr(torch.ops.dropfx, name).default
+
+    # torch.library.register_autocast fixes the dtype at registration; a user's autocast may name another
+    def kernel_for(device: str) -> Callable[..., Any]:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+        def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
+
+        return kernel
+
+    for device in ("cpu", "cuda"):
+        _library.impl(name, kernel_for(device), f"Autocast{device.upper()}")

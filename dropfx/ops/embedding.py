@@ -11,53 +11,75 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import define, eager, first_derivative_only
+from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.runs import Runs, put, take
 
 
-def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int) -> Tensor:
-    kept = Runs(cols, run)
+def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0) -> Tensor:
+    flat = ids.reshape(-1)
+    parts = pieces(len(flat), KeptAxis(cols, run, leading))
+    found = [_look_up(flat[p.low : p.high], weight, p.runs[0]) for p in parts]
+    out = found[0] if len(found) == 1 else torch.cat(found)
+    return out.view(*ids.shape, out.size(1))
+
+
+def _look_up(ids: Tensor, weight: Tensor, kept: Runs | None) -> Tensor:
+    assert kept is not None
     if not kept.tile(weight.size(1)) or not weight.is_contiguous():
-        return take(weight.index_select(0, ids.reshape(-1)), 1, kept).reshape(*ids.shape, kept.width)
-    tiles = ids.reshape(-1, 1) * (weight.size(1) // run) + kept.blocks()
-    return weight.view(-1, run).index_select(0, tiles.view(-1)).view(*ids.shape, kept.width)
+        return take(weight.index_select(0, ids), 1, kept).contiguous()
+    tiles = ids[:, None] * (weight.size(1) // kept.run) + kept.blocks()
+    return weight.view(-1, kept.run).index_select(0, tiles.view(-1)).view(-1, kept.width)
 
 
 def _embedding_backward(
-    grad: Tensor, ids: Tensor, cols: Tensor, run: int, padding_idx: int, rows: int, units: int
+    grad: Tensor, ids: Tensor, cols: Tensor, run: int, padding_idx: int, rows: int, units: int, leading: int = 0
 ) -> Tensor:
-    kept = Runs(cols, run)
-    flat, where = grad.reshape(-1, kept.width), ids.reshape(-1)
+    flat, where = grad.reshape(-1, grad.size(-1)), ids.reshape(-1)
     if padding_idx >= 0:
         flat = flat * (where != padding_idx)[:, None]
+    parts = pieces(len(flat), KeptAxis(cols, run, leading))
+    total: Tensor | None = None
+    for part in parts:
+        here = _spread(flat[part.low : part.high], where[part.low : part.high], part.runs[0], rows, units)
+        total = here if total is None else total + here
+    assert total is not None
+    return total
+
+
+def _spread(grad: Tensor, ids: Tensor, kept: Runs | None, rows: int, units: int) -> Tensor:
+    assert kept is not None
     if not kept.tile(units):
-        compact = flat.new_zeros(rows, kept.width).index_add(0, where, flat)
+        compact = grad.new_zeros(rows, kept.width).index_add(0, ids, grad)
         return put(compact, 1, kept, units)
-    tiles = (where[:, None] * (units // run) + kept.blocks()).view(-1)
-    return flat.new_zeros(rows * units // run, run).index_add(0, tiles, flat.reshape(-1, run)).view(rows, units)
+    tiles = (ids[:, None] * (units // kept.run) + kept.blocks()).view(-1)
+    tiled = grad.new_zeros(rows * units // kept.run, kept.run)
+    return tiled.index_add(0, tiles, grad.reshape(-1, kept.run)).view(rows, units)
 
 
-embedding_op = define(
-    "embedding",
-    _embedding,
-    lambda ids, weight, cols, run, padding_idx: weight.new_empty([*ids.shape, cols.numel() * run]),
-)
-embedding_backward_op = define(
-    "embedding_backward",
-    _embedding_backward,
-    lambda grad, ids, cols, run, padding_idx, rows, units: grad.new_empty(rows, units),
-)
+def _embedding_fake(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0) -> Tensor:
+    return weight.new_empty([*ids.shape, cols.size(-1) * run])
+
+
+def _embedding_backward_fake(
+    grad: Tensor, ids: Tensor, cols: Tensor, run: int, padding_idx: int, rows: int, units: int, leading: int = 0
+) -> Tensor:
+    return grad.new_empty(rows, units)
+
+
+embedding_op = define("embedding", _embedding, _embedding_fake)
+embedding_backward_op = define("embedding_backward", _embedding_backward, _embedding_backward_fake)
 first_derivative_only(embedding_backward_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, weight, cols, ctx.run, ctx.padding_idx = inputs
+    ids, weight, cols, ctx.run, ctx.padding_idx, ctx.leading = inputs
     ctx.shape = weight.shape
     ctx.save_for_backward(ids, cols)
 
 
 def _grad(ctx: Any, grad: Tensor, function: Any) -> tuple[Any, ...]:
     ids, cols = ctx.saved_tensors
-    return None, function(grad, ids, cols, ctx.run, ctx.padding_idx, *ctx.shape), None, None, None
+    return None, function(grad, ids, cols, ctx.run, ctx.padding_idx, *ctx.shape, ctx.leading), *[None] * 4
 
 
 torch.library.register_autograd(
@@ -67,9 +89,11 @@ torch.library.register_autograd(
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out = _embedding(*inputs)
-        _save(ctx, inputs, out)
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0
+    ) -> Tensor:
+        out = _embedding(ids, weight, cols, run, padding_idx, leading)
+        _save(ctx, (ids, weight, cols, run, padding_idx, leading), out)
         return out
 
     @staticmethod

@@ -11,13 +11,15 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dropfx.ops.define import define, eager, first_derivative_only
+from dropfx.ops.define import autocast, define, eager, first_derivative_only
+from dropfx.ops.groups import KeptAxis, pieces
+from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, take
 
 _CHUNKS = 4
@@ -25,55 +27,92 @@ _CHUNKS = 4
 _MIN_CHUNK = 128
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    # BLAS multiplies by alpha for free; with beta=0 the first operand is not read
-    return a @ b if scale == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
-
-
 def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, scale: float) -> Tensor:
     if x.size(-1) != compact.size(1):
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
     kept_bias = bias if bias is None or kept.rows is None else take(bias, 0, kept.rows)
-    if scale == 1.0:
-        return F.linear(x, compact, kept_bias)
-    flat = x.reshape(-1, x.size(-1))
-    out = (
-        _scaled_mm(flat, compact.t(), scale)
-        if kept_bias is None
-        else torch.addmm(kept_bias, flat, compact.t(), alpha=scale)
-    )
-    return out.view(*x.shape[:-1], out.size(1))
+    return scaled_linear(x, compact, kept_bias, scale)
 
 
 def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
-    dx = _scaled_mm(grad.reshape(-1, grad.size(-1)), compact.to(grad.dtype), scale)
-    return dx.view(*grad.shape[:-1], compact.size(1))
+    return scaled_mm(grad, compact.to(grad.dtype), scale)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
-    dy, x = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1)).to(grad.dtype)
-    stretches = None if torch.is_grad_enabled() or kept.dtype != dy.dtype else kept.stretches()
+def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
+    """dense + the gradient from these rows, in place; where `dense` is None, a new tensor."""
+    if torch.is_grad_enabled():
+        made = kept.put(scaled_mm(dy.t(), x, scale).to(kept.dtype))
+        return made if dense is None else dense + made
+    stretches = None if kept.dtype != dy.dtype else kept.stretches()
+    into_zeros = dense is None
+    if stretches is None and kept.tiles is None:
+        product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
+        return kept.put(product) if dense is None else kept.add(dense, product)
+    if dense is None:
+        dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype)
     if stretches is not None:
-        dense = x.new_zeros(kept.n, kept.k)
         for here, there, length in stretches:
             into = dense.narrow(0, there, length)
-            torch.addmm(into, dy.narrow(1, here, length).t(), x, beta=0, alpha=scale, out=into)
+            torch.addmm(into, dy.narrow(1, here, length).t(), x, beta=0 if into_zeros else 1, alpha=scale, out=into)
         return dense
-    tiles = None if torch.is_grad_enabled() else kept.tiles
-    if tiles is None:
-        return kept.put(_scaled_mm(dy.t(), x, scale).to(kept.dtype))
-    index, width = tiles
-    dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype)
-    into = dense.view(-1, width)
+    assert kept.tiles is not None
+    index, width = kept.tiles
+    tiled = dense.view(-1, width)
     step = max(-(-dy.size(1) // _CHUNKS), _MIN_CHUNK)
     for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
-        into.index_copy_(0, where, _scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))
+        product = scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype)
+        _ = tiled.index_copy_(0, where, product) if into_zeros else tiled.index_add_(0, where, product)
     return dense
 
 
 def _bias_gradient(grad: Tensor, kept: KeptWeight) -> Tensor:
-    db = grad.reshape(-1, grad.size(-1)).sum(0).to(kept.dtype)
+    db = grad.sum(0).to(kept.dtype)
     return db if kept.rows is None else put(db, 0, kept.rows, kept.n)
+
+
+class _Part(NamedTuple):
+    """Rows of x and y in which one draw of each axis holds."""
+
+    low: int
+    high: int
+    kept: KeptWeight
+
+
+def _parts(x: Tensor, weight: Tensor, rows: KeptAxis, cols: KeptAxis) -> list[_Part]:
+    if not rows.grouped and not cols.grouped:
+        return [_Part(0, _rows(x), KeptWeight(weight, runs(rows.starts, rows.run), runs(cols.starts, cols.run)))]
+    return [_Part(p.low, p.high, KeptWeight(weight, *p.runs)) for p in pieces(_rows(x), rows, cols)]
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
+    flat = x.reshape(-1, x.size(-1))
+    found = [_forward(flat[low:high], kept.take(weight), bias, kept, scale) for low, high, kept in parts]
+    return torch.cat(found).view(*x.shape[:-1], found[0].size(1))
+
+
+def _gradients(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, parts: list[_Part], scale: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX where `weight` is given, dW where `x` is, db where `bias`."""
+    dy = grad.reshape(-1, grad.size(-1))
+    dx = dw = db = None
+    if weight is not None:
+        found = [_input_gradient(dy[low:high], kept.take(weight), scale) for low, high, kept in parts]
+        dx = found[0] if len(found) == 1 else torch.cat(found)
+        dx = dx.view(*grad.shape[:-1], dx.size(1))
+    if x is not None:
+        flat = x.reshape(-1, x.size(-1)).to(dy.dtype)
+        for low, high, kept in parts:
+            dw = _weight_gradient(dw, dy[low:high], flat[low:high], kept, scale)
+    if bias:
+        for low, high, kept in parts:
+            here = _bias_gradient(dy[low:high], kept)
+            db = here if db is None else db + here
+    return dx, dw, db
 
 
 def _linear(
@@ -85,9 +124,13 @@ def _linear(
     cols: Tensor | None,
     col_run: int,
     scale: float,
+    row_leading: int = 0,
+    col_leading: int = 0,
 ) -> Tensor:
-    kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
-    return _forward(x, kept.take(weight), bias, kept, scale)
+    parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+    if len(parts) == 1:
+        return _forward(x, parts[0].kept.take(weight), bias, parts[0].kept, scale)
+    return _product(x, weight, bias, parts, scale)
 
 
 def _linear_fake(
@@ -99,8 +142,10 @@ def _linear_fake(
     cols: Tensor | None,
     col_run: int,
     scale: float,
+    row_leading: int = 0,
+    col_leading: int = 0,
 ) -> Tensor:
-    return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.numel() * row_run])
+    return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.size(-1) * row_run])
 
 
 def _linear_backward(
@@ -113,12 +158,15 @@ def _linear_backward(
     col_run: int,
     scale: float,
     mask: list[bool],
+    row_leading: int = 0,
+    col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
+    parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+    dx, dw, db = _gradients(grad, x if mask[1] else None, weight if mask[0] else None, mask[2], parts, scale)
     return (
-        _input_gradient(grad, kept.take(weight), scale).to(x.dtype) if mask[0] else x.new_empty(0),
-        _weight_gradient(grad, x, kept, scale) if mask[1] else weight.new_empty(0),
-        _bias_gradient(grad, kept) if mask[2] else weight.new_empty(0),
+        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        weight.new_empty(0) if dw is None else dw,
+        weight.new_empty(0) if db is None else db,
     )
 
 
@@ -132,6 +180,8 @@ def _linear_backward_fake(
     col_run: int,
     scale: float,
     mask: list[bool],
+    row_leading: int = 0,
+    col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if mask[0] else 0),
@@ -146,35 +196,22 @@ first_derivative_only(linear_backward_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale = inputs
+    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, *ctx.leading = inputs
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
     ctx.save_for_backward(x, weight, rows, cols)
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, rows, cols = ctx.saved_tensors
-    grads = linear_backward_op(grad, x, weight, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, ctx.mask)
-    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 5
+    runs = rows, ctx.row_run, cols, ctx.col_run
+    grads = linear_backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
+    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
 
 
 torch.library.register_autograd(linear_op, _linear_autograd, setup_context=_save)
 
 
-def _autocast(device: str) -> Any:
-    # torch.library.register_autocast fixes the dtype at registration; a user's autocast may name another
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return linear_op(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)  # type: ignore[no-any-return]
-
-    return kernel
-
-
-_library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
-for _device in ("cpu", "cuda"):
-    _library.impl("linear", _autocast(_device), f"Autocast{_device.upper()}")
+autocast("linear")
 
 
 class _Linear(torch.autograd.Function):
@@ -189,29 +226,32 @@ class _Linear(torch.autograd.Function):
         cols: Tensor | None,
         col_run: int,
         scale: float,
+        row_leading: int = 0,
+        col_leading: int = 0,
     ) -> Tensor:
-        ctx.kept = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run))
-        compact = ctx.kept.take(weight)
-        ctx.scale, ctx.dtype = scale, x.dtype
+        parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+        ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
-        # the kept weight serves the input gradient; a second backward (retain_graph) gathers anew
-        ctx.compact = [compact] if wants_x else []
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return _forward(x, compact, bias, ctx.kept, scale)
+        if len(parts) > 1:
+            return _product(x, weight, bias, parts, scale)
+        compact = parts[0].kept.take(weight)
+        # one kept weight serves the input gradient too; of several groups they would add up
+        ctx.compact = compact if wants_x else None
+        return _forward(x, compact, bias, parts[0].kept, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        dx = dw = db = None
-        if weight is not None:
-            # with create_graph the kept weight must be part of the graph; it is freed before dW is allocated
-            reuse = ctx.compact and not torch.is_grad_enabled()
-            dx = _input_gradient(grad, ctx.compact.pop() if reuse else ctx.kept.take(weight), ctx.scale).to(ctx.dtype)
-        if x is not None:
-            dw = _weight_gradient(grad, x, ctx.kept, ctx.scale)
-        if ctx.wants_bias:
-            db = _bias_gradient(grad, ctx.kept)
-        return dx, dw, db, *[None] * 5
+        dx = None
+        if ctx.compact is not None and not torch.is_grad_enabled():
+            # freed before dW is allocated; a second backward (retain_graph) gathers anew, and with create_graph the
+            # kept weight must be part of the graph
+            flat = _input_gradient(grad.reshape(-1, grad.size(-1)), ctx.compact, ctx.scale)
+            dx, ctx.compact, weight = flat.view(*grad.shape[:-1], flat.size(1)), None, None
+        made, dw, db = _gradients(grad, x, weight, ctx.wants_bias, ctx.parts, ctx.scale)
+        dx = made if dx is None else dx
+        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 7
 
 
 eager(linear_op, _Linear)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.groups import KeptAxis, put_groups
+from dropfx.ops.runs import Runs, take
 from dropfx.ops.units import take_op
 
 
@@ -19,23 +20,27 @@ def _dense_shape(y: Tensor, dim: int, units: int) -> list[int]:
     return [units if d == dim % y.dim() else s for d, s in enumerate(y.shape)]
 
 
-def _residual_add(base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float) -> Tensor:
+def _residual_add(
+    base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
+) -> Tensor:
     """dim counts from the end (negative), so that it names the same axis of both."""
     shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
-    kept = Runs(starts, run)
-    dtype = torch.result_type(base, y)
-    dense = base.to(dtype).expand(shape)
-    if not kept.tile(units):
-        return dense + put(y * alpha, dim, kept, units)
+    kept = KeptAxis(starts, run, leading)
+    dense = base.to(torch.result_type(base, y)).expand(shape)
+    shared = Runs(starts, run)
+    if kept.grouped or not shared.tile(units):
+        return dense + put_groups(y * alpha, dim, kept, units)
     out = dense.clone(memory_format=torch.contiguous_format)
     tiled = out.unflatten(dim, (-1, run))
     axis = dim % len(shape)
-    total = torch.add(take(dense, dim, kept), y, alpha=alpha).unflatten(dim, (-1, run))
-    tiled.index_copy_(axis, kept.blocks(), total)
+    total = torch.add(take(dense, dim, shared), y, alpha=alpha).unflatten(dim, (-1, run))
+    tiled.index_copy_(axis, shared.blocks(), total)
     return out
 
 
-def _fake(base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float) -> Tensor:
+def _fake(
+    base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
+) -> Tensor:
     shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
     return base.new_empty(shape, dtype=torch.result_type(base, y))
 
@@ -44,7 +49,7 @@ residual_add_op = define("residual_add", _residual_add, _fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    base, y, starts, ctx.run, ctx.dim, _, ctx.alpha = inputs
+    base, y, starts, ctx.run, ctx.dim, _, ctx.alpha, ctx.leading = inputs
     ctx.base, ctx.y = (base.shape, base.dtype), (y.shape, y.dtype)
     ctx.mask = ctx.needs_input_grad[:2]
     ctx.save_for_backward(starts)
@@ -55,8 +60,8 @@ def _backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
     base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
     y = None
     if ctx.mask[1]:
-        y = (take_units(grad, starts, ctx.run, ctx.dim) * ctx.alpha).sum_to_size(ctx.y[0]).to(ctx.y[1])
-    return base, y, *[None] * 5
+        y = (take_units(grad, starts, ctx.run, ctx.dim, ctx.leading) * ctx.alpha).sum_to_size(ctx.y[0]).to(ctx.y[1])
+    return base, y, *[None] * 6
 
 
 torch.library.register_autograd(residual_add_op, lambda ctx, grad: _backward(ctx, grad, take_op), setup_context=_save)
@@ -64,7 +69,18 @@ torch.library.register_autograd(residual_add_op, lambda ctx, grad: _backward(ctx
 
 class _ResidualAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        y: Tensor,
+        starts: Tensor,
+        run: int,
+        dim: int,
+        units: int,
+        alpha: float,
+        leading: int = 0,
+    ) -> Tensor:
+        inputs = base, y, starts, run, dim, units, alpha, leading
         out = _residual_add(*inputs)
         _save(ctx, inputs, out)
         return out

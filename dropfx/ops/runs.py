@@ -158,3 +158,25 @@ class KeptWeight:
         """G [N', K'] -> [N, K] with exact zeros at the dropped rows and columns."""
         out = grad if self.cols is None else put(grad, 1, self.cols, self.k)
         return out if self.rows is None else put(out, 0, self.rows, self.n)
+
+    def add(self, dense: Tensor, grad: Tensor) -> Tensor:
+        """dense [N, K] += put(grad), in place; windows are added to where they lie."""
+        rows = _window_parts(self.rows, self.n)
+        cols = _window_parts(self.cols, self.k)
+        if rows is None or cols is None:
+            return dense.add_(self.put(grad))
+        for here, there, height in rows:
+            for left, at, width in cols:
+                dense[there : there + height, at : at + width] += grad[here : here + height, left : left + width]
+        return dense
+
+
+def _window_parts(kept: Runs | None, units: int) -> list[tuple[int, int, int]] | None:
+    """(compact, dense, length) of a window that may wrap, or of a dense axis; None for runs."""
+    if kept is None:
+        return [(0, 0, units)]
+    start = kept.window()
+    if start is None:
+        return None
+    head = min(kept.run, units - start)
+    return [(0, start, head), *([(head, 0, kept.run - head)] if head < kept.run else [])]

@@ -11,68 +11,68 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager, fresh
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.groups import KeptAxis, put_groups, sizes, take_groups
 
 
-def _take(x: Tensor, starts: Tensor, run: int, dim: int) -> Tensor:
-    return fresh(take(x, dim, Runs(starts, run)))
+def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+    return fresh(take_groups(x, dim, KeptAxis(starts, run, leading)))
 
 
-def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int) -> Tensor:
-    return put(y, dim, Runs(starts, run), units)
+def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+    return put_groups(y, dim, KeptAxis(starts, run, leading), units)
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.new_empty([size if d == dim % x.dim() else s for d, s in enumerate(x.shape)])
 
 
-take_op = define("take", _take, lambda x, starts, run, dim: _resized(x, dim, starts.numel() * run))
-put_op = define("put", _put, lambda y, starts, run, dim, units: _resized(y, dim, units))
+take_op = define("take", _take, lambda x, starts, run, dim, leading=0: _resized(x, dim, starts.size(-1) * run))
+put_op = define("put", _put, lambda y, starts, run, dim, units, leading=0: _resized(y, dim, units))
 
 
 def _save_take(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, starts, ctx.run, ctx.dim = inputs
+    x, starts, ctx.run, ctx.dim, ctx.leading = inputs
     ctx.units = x.size(ctx.dim)
     ctx.save_for_backward(starts)
 
 
 def _save_put(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, starts, ctx.run, ctx.dim, _ = inputs
+    _, starts, ctx.run, ctx.dim, _, ctx.leading = inputs
     ctx.save_for_backward(starts)
 
 
-torch.library.register_autograd(
-    take_op,
-    lambda ctx, grad: (put_op(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units), None, None, None),
-    setup_context=_save_take,
-)
-torch.library.register_autograd(
-    put_op,
-    lambda ctx, grad: (take_op(grad, *ctx.saved_tensors, ctx.run, ctx.dim), None, None, None, None),
-    setup_context=_save_put,
-)
+def _take_backward(ctx: Any, grad: Tensor, put_units: Any) -> tuple[Any, ...]:
+    return put_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units, ctx.leading), *[None] * 4
+
+
+def _put_backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
+    return take_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.leading), *[None] * 5
+
+
+torch.library.register_autograd(take_op, lambda ctx, grad: _take_backward(ctx, grad, put_op), setup_context=_save_take)
+torch.library.register_autograd(put_op, lambda ctx, grad: _put_backward(ctx, grad, take_op), setup_context=_save_put)
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, starts: Tensor, run: int, dim: int) -> Tensor:
-        _save_take(ctx, (x, starts, run, dim), x)
-        return _take(x, starts, run, dim)
+    def forward(ctx: Any, x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+        _save_take(ctx, (x, starts, run, dim, leading), x)
+        return _take(x, starts, run, dim, leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return EAGER[put_op](grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units), None, None, None
+        return _take_backward(ctx, grad, EAGER[put_op])
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int) -> Tensor:
-        _save_put(ctx, (y, starts, run, dim, units), y)
-        return put(y, dim, Runs(starts, run), units)
+    def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+        _save_put(ctx, (y, starts, run, dim, units, leading), y)
+        return _put(y, starts, run, dim, units, leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return EAGER[take_op](grad, *ctx.saved_tensors, ctx.run, ctx.dim), None, None, None, None
+        return _put_backward(ctx, grad, EAGER[take_op])
 
 
 eager(take_op, _Take)
@@ -80,7 +80,21 @@ eager(put_op, _Put)
 
 
 def scale_units(x: Tensor, scale: float | Tensor, dim: int) -> Tensor:
-    """x * scale along axis `dim`; a vector scale (padding of a ragged block) takes x's dtype first."""
-    if isinstance(scale, Tensor):
-        scale = scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
-    return x * scale
+    """x * scale along axis `dim`; a vector scale (padding) takes x's dtype first, one a group is spread over its rows.
+
+    Shapes: scale a float, [units], or [groups, units] with x [leading, ..., units, ...].
+    """
+    if not isinstance(scale, Tensor):
+        return x * scale
+    behind = [1] * (x.dim() - 1 - dim % x.dim())
+    if scale.dim() == 2:
+        rows = torch.tensor(sizes(x.size(0), len(scale)), device=scale.device)
+        scale = scale.repeat_interleave(rows, dim=0, output_size=x.size(0))
+        between = [1] * (dim % x.dim() - 1)
+        return x * scale.to(x.dtype).view(x.size(0), *between, scale.size(1), *behind)
+    return x * scale.to(x.dtype).view(-1, *behind)
+
+
+def spread_rows(x: Tensor, like: Tensor, dim: int) -> Tensor:
+    """x without rows of its own, expanded to those of `like`: the axes before axis `dim` (negative), without a copy."""
+    return x.expand(*like.shape[:dim], *x.shape[dim:])

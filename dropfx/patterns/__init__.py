@@ -1,9 +1,31 @@
 """Patterns: the rules by which a step's kept units are drawn (design section 6)."""
 
-from dropfx.patterns.base import MAX_RATE_ERROR, Pattern, PatternRefused, Realisation
+from dropfx.patterns.base import MAX_RATE_ERROR, Kept, KeptTiles, Pattern, PatternRefused, Realisation, unwrapped
 from dropfx.patterns.block import Block
+from dropfx.patterns.lattice import Row, Tile
+from dropfx.patterns.search import default_max_period, search
 from dropfx.patterns.slice import Slice
 
-BY_NAME: dict[str, type[Block] | type[Slice]] = {"block": Block, "slice": Slice}
+BY_NAME: dict[str, type[Block] | type[Slice] | type[Row] | type[Tile]] = {
+    "block": Block,
+    "slice": Slice,
+    "row": Row,
+    "tile": Tile,
+}
 
-__all__ = ["BY_NAME", "MAX_RATE_ERROR", "Block", "Pattern", "PatternRefused", "Realisation", "Slice"]
+__all__ = [
+    "BY_NAME",
+    "MAX_RATE_ERROR",
+    "Block",
+    "Kept",
+    "KeptTiles",
+    "Pattern",
+    "PatternRefused",
+    "Realisation",
+    "Row",
+    "Slice",
+    "Tile",
+    "default_max_period",
+    "search",
+    "unwrapped",
+]

@@ -1,15 +1,18 @@
 """What a pattern is: which units of an axis a draw keeps.
 
-Every draw is a list of *starts*: unit positions at which contiguous runs of equal length begin, taken modulo the
-number of units. One form serves all patterns, so the operators know runs and nothing else.
+Every draw of a pattern of units is a list of *starts*: unit positions at which contiguous runs of equal length begin,
+taken modulo the number of units. One form serves all of them, so the operators know runs and nothing else.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 MAX_RATE_ERROR = 0.02
@@ -22,42 +25,81 @@ class PatternRefused(ValueError):
 
 @dataclass(frozen=True)
 class Realisation:
-    """A pattern fitted to an axis: `count` runs of `run` units out of `slots` equally likely places.
+    """A pattern fitted to an axis: `count` runs of `run` units, or periods with their probabilities.
 
     Attributes:
-        units: length of the axis.
+        units: length of the axis (of a tiled weight: tiles along its longer side).
         run: units in a run.
-        count: runs kept by a draw.
-        slots: hashed numbers that a draw consumes.
+        count: runs kept by a draw; 0 where it varies.
+        numbers: hashed numbers that a draw consumes.
         drawn_rate: exact probability that a unit is dropped.
-        ragged: the last run may pass the end of the axis; those positions are padding with scale 0.
+        ragged: runs may pass the end of the axis; those positions are padding with scale 0.
+        groups: draws a batch, one for each contiguous chunk of rows.
+        periods: probabilities of the periods 1, 2, ... of a lattice; empty for patterns of blocks.
     """
 
     units: int
     run: int
     count: int
-    slots: int
+    numbers: int
     drawn_rate: float
     ragged: bool = False
+    groups: int = 1
+    periods: tuple[float, ...] = ()
 
     @property
     def width(self) -> int:
-        """Compact width: units kept by a draw, padding included."""
+        """Compact width where it is static: units kept by a draw, padding included."""
         return self.run * self.count
+
+    @property
+    def keep(self) -> float:
+        """Expected share of kept units."""
+        return 1.0 - self.drawn_rate
 
     @property
     def scale(self) -> float:
         """Multiplier of a kept unit that makes the draw unbiased."""
-        return 1.0 / (1.0 - self.drawn_rate)
+        return 1.0 / self.keep
+
+
+class Kept(NamedTuple):
+    """What one draw keeps of an axis.
+
+    Attributes:
+        starts: int64 [count], first unit of each kept run; [groups, count] where a batch has several draws.
+        run: units in a run; positions are taken modulo the number of units.
+        scale: multiplier of the kept units: a float, or [(groups,) width] with zeros at padding.
+    """
+
+    starts: Tensor
+    run: int
+    scale: float | Tensor
+
+
+class KeptTiles(NamedTuple):
+    """What one draw keeps of a tiled weight: the tiles (r, c) with (r + c - bias) mod period = 0, times scale."""
+
+    period: int
+    bias: int
+    scale: float
 
 
 class Pattern(ABC):
-    """A rule by which a step's kept units are drawn."""
+    """A rule by which a step's kept units are drawn.
+
+    Attributes:
+        name: as options and reports spell it.
+        fields: inputs of the graph that a draw is, in order.
+        on_host: its draws are made from numbers on the CPU, since the shape of what is kept depends on them.
+    """
 
     name: str
+    fields: tuple[str, ...] = ("starts", "run", "width", "scale")
+    on_host = False
 
     @abstractmethod
-    def realise(self, units: int, rate: float) -> Realisation:
+    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
         """Fit the pattern to an axis of `units` units at drop probability 0 < `rate` < 1.
 
         Raises:
@@ -65,10 +107,22 @@ class Pattern(ABC):
         """
 
     @abstractmethod
-    def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        """Draw from int64 `hashes` [sites, slots]: starts of the kept runs, int64 [sites, count], ascending."""
+    def choose(self, hashes: Tensor, fit: Realisation) -> Sequence[Any]:
+        """Draw for each row of int64 `hashes` [sites, numbers]: a `Kept` (starts ascending) or a `KeptTiles`."""
 
 
 def nearest_count(places: int, rate: float) -> int:
     """Kept places out of `places` nearest to the rate, at least one kept and one dropped."""
     return min(max(math.floor(places * (1.0 - rate) + 0.5), 1), places - 1)
+
+
+def padded_scale(starts: Tensor, run: int, units: int, scale: float) -> Tensor:
+    """float64 [*, width]: the scale, and 0 at the padding that lies beyond the axis."""
+    return (unwrapped(starts, run) < units).to(torch.float64) * scale
+
+
+def unwrapped(starts: Tensor, run: int) -> Tensor:
+    """Positions [*, width] of the runs that begin at `starts` [*, count], not taken modulo the axis."""
+    if run == 1:
+        return starts
+    return (starts[..., None] + torch.arange(run, device=starts.device)).flatten(-2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dropfx.errors import InvalidOption
-from dropfx.patterns.base import MAX_RATE_ERROR, Pattern, PatternRefused, Realisation, nearest_count
+from dropfx.patterns.base import MAX_RATE_ERROR, Kept, Pattern, PatternRefused, Realisation, nearest_count, padded_scale
 
 MIN_BLOCKS = 32
 """Blocks on an axis below which an automatic size is made smaller: fewer give too few sub-models."""
@@ -36,30 +37,42 @@ class Block(Pattern):
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
             raise InvalidOption(f"block: got {self.size!r}, accepted are 'auto' and integers >= 1")
 
-    def realise(self, units: int, rate: float) -> Realisation:
+    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
         if isinstance(self.size, int):
-            return _fit(units, rate, self.size)
+            return _fit(units, rate, self.size, groups)
         if units < 2:
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         for size in range(min(MAX_AUTO_BLOCK, max(units // MIN_BLOCKS, 1)), 0, -1):
             if units % size:
                 continue
-            fit = _fit(units, rate, size)
+            fit = _fit(units, rate, size, groups)
             if abs(fit.drawn_rate - rate) <= MAX_RATE_ERROR:
                 return fit
-        nearest = _fit(units, rate, 1).drawn_rate
+        nearest = _fit(units, rate, 1, groups).drawn_rate
         raise PatternRefused(
             f"{units} units meet rate {rate:g} no nearer than {nearest:.3g}, allowed is {MAX_RATE_ERROR}"
         )
 
-    def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        chosen = hashes.topk(realisation.count, dim=1, sorted=False).indices
+    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        if fit.groups == 1:
+            chosen = hashes.topk(fit.count, dim=1, sorted=False).indices
+        else:
+            chosen = _deal(hashes.unflatten(1, (-1, _blocks(fit))), fit)
         # in order, so that neighbouring kept blocks are found next to each other
-        starts = chosen.sort(dim=1).values
-        return starts if realisation.run == 1 else starts * realisation.run
+        starts = chosen.sort(dim=-1).values
+        if fit.run > 1:
+            starts *= fit.run
+        if not fit.ragged:
+            return [Kept(row, fit.run, fit.scale) for row in starts.unbind(0)]
+        scales = padded_scale(starts, fit.run, fit.units, fit.scale)
+        return [Kept(row, fit.run, scale) for row, scale in zip(starts.unbind(0), scales.unbind(0), strict=True)]
 
 
-def _fit(units: int, rate: float, size: int) -> Realisation:
+def _blocks(fit: Realisation) -> int:
+    return -(-fit.units // fit.run)
+
+
+def _fit(units: int, rate: float, size: int, groups: int) -> Realisation:
     if size >= units:
         raise PatternRefused(f"block size {size} leaves fewer than two blocks on an axis of {units} units")
     blocks = -(-units // size)
@@ -68,7 +81,26 @@ def _fit(units: int, rate: float, size: int) -> Realisation:
         units=units,
         run=size,
         count=count,
-        slots=blocks,
+        numbers=blocks * -(-count * groups // blocks),
         drawn_rate=1.0 - count / blocks,
         ragged=units % size != 0,
+        groups=groups,
     )
+
+
+def _deal(hashes: Tensor, fit: Realisation) -> Tensor:
+    """Blocks of each group, int64 [sites, groups, count], from hashes [sites, decks, blocks].
+
+    Shuffled decks of all blocks are dealt one after another, `count` cards a group, so that over the groups each block
+    is kept floor or ceil of count * groups / blocks times. A group that straddles two decks must not get a block
+    twice: what it holds goes to the end of the second deck, in random order, which treats all blocks alike.
+    """
+    dealt = 0
+    decks: list[Tensor] = []
+    for keys in (hashes >> 2).unbind(1):  # 2 bits of room, to move keys behind all others
+        held = dealt % fit.count
+        if held:
+            keys = keys.scatter_add(1, decks[-1][:, -held:], keys.new_full((len(keys), held), 2**62))
+        decks.append(keys.argsort(dim=1))
+        dealt += keys.size(1)
+    return torch.cat(decks, dim=1)[:, : fit.count * fit.groups].reshape(-1, fit.groups, fit.count)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dropfx.patterns.base import MAX_RATE_ERROR, Pattern, PatternRefused, Realisation, nearest_count
+from dropfx.patterns.base import MAX_RATE_ERROR, Kept, Pattern, PatternRefused, Realisation, nearest_count
 
 _NON_NEGATIVE = 2**63 - 1
 
@@ -17,14 +18,20 @@ class Slice(Pattern):
 
     name = "slice"
 
-    def realise(self, units: int, rate: float) -> Realisation:
+    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
         if units < 2:
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         kept = nearest_count(units, rate)
         drawn = 1.0 - kept / units
         if abs(drawn - rate) > MAX_RATE_ERROR:
             raise PatternRefused(f"no window over {units} units meets rate {rate:g} to within {MAX_RATE_ERROR}")
-        return Realisation(units=units, run=kept, count=1, slots=1, drawn_rate=drawn)
+        return Realisation(units=units, run=kept, count=1, numbers=1, drawn_rate=drawn, groups=groups)
 
-    def starts(self, hashes: Tensor, realisation: Realisation) -> Tensor:
-        return (hashes & _NON_NEGATIVE) % realisation.units
+    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        starts = hashes & _NON_NEGATIVE
+        if fit.groups > 1:
+            # evenly spaced windows cover each unit floor or ceil of kept * groups / units times
+            starts = (starts % fit.units + torch.arange(fit.groups, device=hashes.device) * fit.units // fit.groups)[
+                ..., None
+            ]
+        return [Kept(row, fit.run, fit.scale) for row in (starts % fit.units).unbind(0)]

@@ -241,6 +241,8 @@ class Tracer(fx.Tracer):
         path = self._paths.get(id(module))
         if path is None:
             return value
+        if issubclass(type(value), Proxy):  # put there by torch.func.functional_call, for the time of a call
+            return value
         if isinstance(value, Tensor):
             return self._attribute(value)
         if type(value) is float:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dropfx import ops
 from dropfx.devices import DEVICES
 from dropfx.errors import PassError
+from dropfx.graphs import op_name
 from dropfx.options import make_options
 from dropfx.pass_infra import Context, PassResult, run_passes
 from dropfx.passes import PIPELINE
@@ -19,9 +20,11 @@ from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.plan_regions import plan_regions
+from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
+from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
 from dropfx.tracing import trace
 
@@ -137,8 +140,46 @@ def test_rewrites_give_gathered_products_with_the_scale_folded() -> None:
     graph, context = run(plain, *PLANNED, rewrite_views, rewrite_linear, fold_scale)
     first, second = [n for n in graph.nodes if n.target is ops.linear_op]
     draw = context.draws[0]
-    assert first.args[3:] == (draw["starts"], draw["run"], None, 0, 1.0)
-    assert second.args[3:] == (None, 0, draw["starts"], draw["run"], draw["scale"])
+    assert first.args[3:] == (draw["starts"], draw["run"], None, 0, 1.0, 0, 0)
+    assert second.args[3:] == (None, 0, draw["starts"], draw["run"], draw["scale"], 0, 0)
+
+
+def test_groups_ask_the_leading_length_before_the_first_compact_value() -> None:
+    graph, context = run(plain, *PLANNED, rewrite_views, rewrite_linear, fold_scale, groups=2)
+    first, second = [n for n in graph.nodes if n.target is ops.linear_op]
+    leading = context.draws[0]["leading"]
+    assert (leading.target, leading.args[0].op, leading.args[1]) == ("size", "placeholder", 0)
+    assert (first.args[8:], second.args[8:]) == ((leading, 0), (0, leading))
+    assert graph.output_node().args[0][-1] is leading
+
+
+def test_vector_without_rows_is_spread_over_them_for_groups() -> None:
+    graph, _ = run(lambda m, x: m.second(F.dropout(m.first(x) * m.vector)), *PLANNED, groups=2)
+    (spread,) = [n for n in graph.nodes if n.target is ops.spread_rows]
+    assert spread.args[0].target == "vector"
+    assert [user.target for user in spread.users] == [ops.take_op]
+
+
+def test_tiles_take_the_place_of_the_dropout_before_a_linear() -> None:
+    steps = (functionalize, canonicalize, find_sites, plan_regions, plan_tiles, insert_draws, rewrite_tiles)
+    graph, context = run(plain, *steps, pattern="tile")
+    (tiled,) = [n for n in graph.nodes if n.target is ops.tiled_linear_op]
+    draw = context.draws[0]
+    assert tiled.args[3:] == (32, 32, draw["period"], draw["bias"], draw["scale"])
+    assert op_name(tiled.args[0]) == "relu"
+    assert not any(op_name(n) == "dropout" for n in graph.nodes)
+    assert targets(graph) == targets(run(plain, *steps, rewrite_tiles, pattern="tile")[0])
+
+
+def test_tiles_leave_a_dropout_that_others_read_too() -> None:
+    def forward(m: Body, x: Tensor) -> Tensor:
+        h = F.dropout(F.relu(m.first(x)))
+        return m.second(h).sum() + m.norm(h).sum()
+
+    steps = (functionalize, canonicalize, find_sites, plan_regions, plan_tiles, insert_draws, rewrite_tiles)
+    graph, context = run(forward, *steps, pattern="tile")
+    assert ops.tiled_linear_op not in targets(graph)
+    assert "not a Linear" in context.sites[0].reason
     assert ops.scale_units not in targets(graph)
     assert ops.take_op not in targets(graph)
 

@@ -1,0 +1,92 @@
+"""Groups of rows with a draw each: starts [groups, count] in place of [count].
+
+A site's tensor [leading, ..., units] is cut along its leading axis in `groups` contiguous chunks of equal size, the
+first ones one longer where that does not come out even. Any value of its region has leading * m rows in the same
+order, so chunks are chunks of rows there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropfx.ops.runs import Runs, put, take
+
+
+class KeptAxis(NamedTuple):
+    """An axis of an op: flat arguments starts (None: dense), run, leading (used with groups only)."""
+
+    starts: Tensor | None
+    run: int
+    leading: int
+
+    @property
+    def grouped(self) -> bool:
+        return self.starts is not None and self.starts.dim() == 2
+
+    def ends(self, rows: int) -> list[int]:
+        """Row at which each group ends."""
+        assert self.starts is not None
+        return list(accumulate(size * (rows // max(self.leading, 1)) for size in sizes(self.leading, len(self.starts))))
+
+    def runs(self, rows: int, row: int) -> Runs | None:
+        """The runs kept in a row."""
+        if self.starts is None:
+            return None
+        if not self.grouped:
+            return Runs(self.starts, self.run)
+        group = next((g for g, end in enumerate(self.ends(rows)) if row < end), 0)
+        return Runs(self.starts[group], self.run)
+
+
+class Piece(NamedTuple):
+    """Rows low..high, in which every axis keeps the same units."""
+
+    low: int
+    high: int
+    runs: list[Runs | None]
+
+
+def sizes(leading: int, groups: int) -> list[int]:
+    """Leading positions of each group, as `torch.tensor_split` does it."""
+    size, more = divmod(leading, groups)
+    return [size + (group < more) for group in range(groups)]
+
+
+def pieces(rows: int, *axes: KeptAxis) -> list[Piece]:
+    """Cut `rows` rows where the group of any axis changes."""
+    ends = sorted({rows}.union(*(axis.ends(rows) for axis in axes if axis.grouped)) - {0}) or [0]
+    return [
+        Piece(low, high, [axis.runs(rows, low) for axis in axes]) for low, high in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def take_groups(x: Tensor, dim: int, kept: KeptAxis) -> Tensor:
+    """`runs.take`, each row by the draw of its group."""
+    if not kept.grouped:
+        return take(x, dim, _shared(kept))
+    return _by_group(x, dim, kept, lambda part, runs: take(part, 1, runs))
+
+
+def put_groups(y: Tensor, dim: int, kept: KeptAxis, units: int) -> Tensor:
+    """`runs.put`, each row by the draw of its group."""
+    if not kept.grouped:
+        return put(y, dim, _shared(kept), units)
+    return _by_group(y, dim, kept, lambda part, runs: put(part, 1, runs, units))
+
+
+def _by_group(x: Tensor, dim: int, kept: KeptAxis, move: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    dim %= x.dim()
+    flat = x.reshape(prod(x.shape[:dim]), *x.shape[dim:])
+    moved = torch.cat([move(flat[p.low : p.high], p.runs[0]) for p in pieces(len(flat), kept)])
+    return moved.view(*x.shape[:dim], *moved.shape[1:])
+
+
+def _shared(kept: KeptAxis) -> Runs:
+    assert kept.starts is not None
+    return Runs(kept.starts, kept.run)

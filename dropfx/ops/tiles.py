@@ -1,0 +1,280 @@
+"""y = scale * x @ (W * M)^T + b, where M keeps the tiles (r, c) of W with (r + c - offset) mod period = 0.
+
+Rows of tiles with equal r mod period keep the same columns of tiles. So x's columns and y's rows are put in the order
+of these classes once, and each class is one dense product of 1/period of the rows with 1/period of the columns.
+
+Shapes: x [*, K], W [N, K], b [N], y [*, N];  xs, ys, Ws: the parts of class s
+    ys = scale * xs @ Ws^T      dxs = scale * dys @ Ws      dWs = scale * dys^T @ xs, zeros at dropped tiles
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropfx.ops.define import EAGER, autocast, define, first_derivative_only
+from dropfx.ops.products import scaled_linear, scaled_mm
+from dropfx.ops.runs import KeptWeight, Runs, take
+
+
+class _Side(NamedTuple):
+    """An axis of the weight in the order of its classes.
+
+    Attributes:
+        order: runs that bring the axis into the order of classes.
+        back: runs that undo it.
+        widths: units of each class.
+    """
+
+    order: Runs
+    back: Runs
+    widths: list[int]
+
+    def classes(self) -> Iterator[tuple[int, int, Runs]]:
+        """(begin, width, runs) of each class, in the order of classes."""
+        begin = 0
+        for width in self.widths:
+            kept = self.order.starts[begin // self.order.run : (begin + width) // self.order.run]
+            yield begin, width, Runs(kept, self.order.run)
+            begin += width
+
+
+def _side(units: int, tile: int, period: int, offset: int, sign: int, device: torch.device) -> _Side:
+    # tiles at the edge may be smaller: runs are as long as divides both
+    run = math.gcd(tile, units)
+    starts = torch.arange(0, units, run, device=device)
+    classes = (offset + sign * (starts // tile)) % period
+    order = classes.argsort(stable=True)
+    widths = (torch.bincount(classes, minlength=period) * run).tolist()
+    return _Side(Runs(starts[order], run), Runs(order.argsort() * run, run), widths)
+
+
+class _Lattice:
+    """The kept tiles of a weight.
+
+    Attributes:
+        rows, cols: its axes in the order of classes.
+        parts: rows and columns, in that order, and kept weight of each class that has both.
+    """
+
+    def __init__(self, weight: Tensor, tile: tuple[int, int], period: int, offset: int) -> None:
+        self.n, self.k = weight.shape
+        self.dtype = weight.dtype
+        self.rows = _side(self.n, tile[0], period, 0, 1, weight.device)
+        self.cols = _side(self.k, tile[1], period, offset, -1, weight.device)
+        self.parts: list[tuple[slice, slice, KeptWeight]] = []
+        for (top, height, rows), (left, width, cols) in zip(self.rows.classes(), self.cols.classes(), strict=True):
+            if height and width:
+                kept = KeptWeight(weight, rows, cols)
+                self.parts.append((slice(top, top + height), slice(left, left + width), kept))
+
+    def take(self, weight: Tensor) -> list[Tensor]:
+        """The kept weight of each part."""
+        return [kept.take(weight) for _, _, kept in self.parts]
+
+
+def _restored(parts: list[tuple[slice, Tensor]], like: Tensor, side: _Side) -> Tensor:
+    """The parts' columns, zeros for classes without a product, out of the order of classes."""
+    made = {where.start: part for where, part in parts}
+    columns = [
+        made[begin] if begin in made else like.new_zeros(like.size(0), width)
+        for begin, width, _ in side.classes()
+        if width
+    ]
+    return take(torch.cat(columns, 1), 1, side.back)
+
+
+def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, lattice: _Lattice, scale: float) -> Tensor:
+    if lattice.k != x.size(-1):
+        raise RuntimeError(f"tiled linear: input has {x.size(-1)} features, the weight {lattice.k}")
+    flat = take(x.reshape(-1, x.size(-1)), 1, lattice.cols.order)
+    parts = [
+        (rows, scaled_mm(flat[:, cols], weight.t(), scale))
+        for (rows, cols, _), weight in zip(lattice.parts, weights, strict=True)
+    ]
+    out = _restored(parts, parts[0][1] if parts else flat, lattice.rows)
+    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], lattice.n)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor] | None,
+    bias: Tensor | None,
+    lattice: _Lattice,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX where `weights` is given, dW where `x` is, db where `bias`."""
+    flat = grad.reshape(-1, grad.size(-1))
+    dy = take(flat, 1, lattice.rows.order)
+    dx = dw = None
+    if weights is not None:
+        parts = [
+            (cols, scaled_mm(dy[:, rows], weight.to(dy.dtype), scale))
+            for (rows, cols, _), weight in zip(lattice.parts, weights, strict=True)
+        ]
+        dx = _restored(parts, dy, lattice.cols).view(*grad.shape[:-1], lattice.k)
+    if x is not None:
+        ordered = take(x.reshape(-1, x.size(-1)).to(dy.dtype), 1, lattice.cols.order)
+        dw = _weight_gradient(dy, ordered, lattice, scale)
+    return dx, dw, None if bias is None else flat.sum(0).to(bias.dtype)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, lattice: _Lattice, scale: float) -> Tensor:
+    dense = x.new_zeros(lattice.n, lattice.k, dtype=lattice.dtype)
+    for rows, cols, kept in lattice.parts:
+        product = scaled_mm(dy[:, rows].t(), x[:, cols], scale).to(lattice.dtype)
+        if torch.is_grad_enabled() or kept.tiles is None:
+            dense = dense + kept.put(product)
+        else:
+            index, width = kept.tiles
+            dense.view(-1, width).index_copy_(0, index, product.view(-1, width))
+    return dense
+
+
+def _tiled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_rows: int,
+    tile_cols: int,
+    period: int,
+    offset: int,
+    scale: float,
+) -> Tensor:
+    if period == 1:
+        return scaled_linear(x, weight, bias, scale)
+    lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
+    return _forward(x, lattice.take(weight), bias, lattice, scale)
+
+
+def _tiled_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_rows: int,
+    tile_cols: int,
+    period: int,
+    offset: int,
+    scale: float,
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.size(0)])
+
+
+def _tiled_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    tile_rows: int,
+    tile_cols: int,
+    period: int,
+    offset: int,
+    scale: float,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
+    weights = lattice.take(weight) if mask[0] else None
+    bias = weight if mask[2] else None  # for its dtype
+    dx, dw, db = _gradients(grad, x if mask[1] else None, weights, bias, lattice, scale)
+    return (
+        x.new_empty(0) if dx is None else dx.to(x.dtype),
+        weight.new_empty(0) if dw is None else dw,
+        weight.new_empty(0) if db is None else db,
+    )
+
+
+def _tiled_linear_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    tile_rows: int,
+    tile_cols: int,
+    period: int,
+    offset: int,
+    scale: float,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if mask[0] else 0),
+        weight.new_empty(weight.shape if mask[1] else 0),
+        weight.new_empty(weight.size(0) if mask[2] else 0),
+    )
+
+
+tiled_linear_op = define("tiled_linear", _tiled_linear, _tiled_linear_fake)
+tiled_linear_backward_op = define("tiled_linear_backward", _tiled_linear_backward, _tiled_linear_backward_fake)
+first_derivative_only(tiled_linear_backward_op)
+autocast("tiled_linear")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *ctx.rest = inputs
+    ctx.mask = list(ctx.needs_input_grad[:3])
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = tiled_linear_backward_op(grad, *ctx.saved_tensors, *ctx.rest, ctx.mask)
+    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 5
+
+
+torch.library.register_autograd(tiled_linear_op, _autograd, setup_context=_save)
+
+
+class _TiledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tile_rows: int,
+        tile_cols: int,
+        period: int,
+        offset: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.lattice = lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
+        weights = lattice.take(weight)
+        ctx.scale, ctx.dtype, ctx.bias = scale, x.dtype, bias if ctx.needs_input_grad[2] else None
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.weights = weights if wants_x else None
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _forward(x, weights, bias, lattice, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        weights = None
+        if weight is not None:
+            # with create_graph the kept weights must be part of the graph; a second backward gathers them anew
+            reuse = ctx.weights is not None and not torch.is_grad_enabled()
+            weights = ctx.weights if reuse else ctx.lattice.take(weight)
+            ctx.weights = None
+        dx, dw, db = _gradients(grad, x, weights, ctx.bias, ctx.lattice, ctx.scale)
+        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 5
+
+
+def _tiled_linear_eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_rows: int,
+    tile_cols: int,
+    period: int,
+    offset: int,
+    scale: float,
+) -> Tensor:
+    if period == 1:
+        return scaled_linear(x, weight, bias, scale)
+    out: Tensor = _TiledLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, tile_rows, tile_cols, period, offset, scale
+    )
+    return out
+
+
+EAGER[tiled_linear_op] = _tiled_linear_eager

@@ -1,0 +1,144 @@
+"""`row` and `tile`: lattices of a period drawn anew each step (Approximate Random Dropout, arXiv 1805.08939)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dropfx.errors import InvalidOption
+from dropfx.patterns.base import MAX_RATE_ERROR, Kept, KeptTiles, Pattern, PatternRefused, Realisation
+from dropfx.patterns.search import default_max_period, search
+
+_SCALES = ("global", "period")
+
+
+@dataclass(frozen=True)
+class Row(Pattern):
+    """Keep every dp-th unit: those with (i - b) mod dp = 0, dp from the searched distribution, b uniform in 1..dp.
+
+    The paper's RDP. With several groups all share the period and take biases in turn.
+
+    Args:
+        max_period: largest period; None for the smallest N with (N-1)/N >= p + .05. Never more than the units.
+        scale: multiplier of kept units: "global" 1/(1-p), whose second moment is that of independent dropout, or
+            "period" dp, which is unbiased too, step by step, but far noisier.
+
+    Raises:
+        InvalidOption: an argument is not accepted.
+    """
+
+    max_period: int | None = None
+    scale: str = "global"
+    name = "row"
+    on_host = True
+
+    def __post_init__(self) -> None:
+        _check_period(self.max_period)
+        if self.scale not in _SCALES:
+            raise InvalidOption(f"scale: got {self.scale!r}, accepted are 'global' and 'period'")
+
+    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        if units < 2:
+            raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
+        return _fit(units, rate, self.max_period, groups, ragged=groups > 1)
+
+    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        return [self._one(hashes, *lattice, fit) for lattice in _lattices(hashes, fit)]
+
+    def _one(self, hashes: Tensor, period: int, bias: int, fit: Realisation) -> Kept:
+        scale = fit.scale if self.scale == "global" else float(period)
+        if fit.groups == 1:
+            if period == 1:  # one run of all units: nothing is copied
+                return Kept(hashes.new_zeros(1), fit.units, scale)
+            return Kept(torch.arange(bias, fit.units, period), 1, scale)
+        biases = (bias + torch.arange(fit.groups))[:, None] % period
+        units = biases + torch.arange(0, fit.units, period)
+        beyond = units >= fit.units
+        # a group with one unit less is padded by a unit that it drops, with scale 0
+        return Kept(torch.where(beyond, biases + 1, units), 1, (~beyond).to(torch.float64) * scale)
+
+
+@dataclass(frozen=True)
+class Tile(Pattern):
+    """Drop a weight by tiles: tile (r, c) is kept where (r + c - b) mod dp = 0, dp and b drawn as for `Row`.
+
+    The paper's TDP: a structured DropConnect. The paper numbers tiles t = r * columns + c, which drops whole columns
+    where dp divides the number of columns. Here each row of tiles is numbered as if the number of columns were 1 more
+    than a multiple of dp, whatever it is, so that every period moves on by one tile from row to row.
+
+    Args:
+        shape: rows and columns of a tile; those at the edges may be smaller.
+        max_period: largest period; None for the smallest N with (N-1)/N >= p + .05. Never more than the tiles along
+            the weight's longer side, so that every draw keeps a tile.
+
+    Raises:
+        InvalidOption: an argument is not accepted.
+    """
+
+    shape: tuple[int, int] = (32, 32)
+    max_period: int | None = None
+    name = "tile"
+    fields = ("period", "bias", "scale")
+    on_host = True
+
+    def __post_init__(self) -> None:
+        _check_period(self.max_period)
+        sizes = self.shape
+        if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not all(type(s) is int and s >= 1 for s in sizes):
+            raise InvalidOption(f"shape: got {self.shape!r}, accepted are two integers >= 1: rows, columns of a tile")
+        object.__setattr__(self, "shape", tuple(sizes))
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """Tiles along the longer side of a [rows, columns] weight: `units` of `realise`."""
+        return max(-(-rows // self.shape[0]), -(-columns // self.shape[1]))
+
+    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        if groups != 1:
+            raise PatternRefused("tiles of a weight are shared by the whole batch: groups must be 1")
+        if units < 2:
+            raise PatternRefused(f"a weight of a single {self.shape[0]}x{self.shape[1]} tile cannot be dropped in part")
+        return _fit(units, rate, self.max_period, groups, ragged=False)
+
+    def choose(self, hashes: Tensor, fit: Realisation) -> list[KeptTiles]:
+        return [KeptTiles(period, bias, fit.scale) for period, bias in _lattices(hashes, fit)]
+
+
+def _check_period(max_period: int | None) -> None:
+    if max_period is not None and (type(max_period) is not int or max_period < 2):
+        raise InvalidOption(f"max_period: got {max_period!r}, accepted are None and integers >= 2")
+
+
+@functools.lru_cache(maxsize=1024)
+def _fit(units: int, rate: float, max_period: int | None, groups: int, ragged: bool) -> Realisation:
+    longest = min(max_period or default_max_period(rate), units)
+    highest = (longest - 1) / longest
+    if rate - highest > MAX_RATE_ERROR:
+        raise PatternRefused(f"periods up to {longest} drop at most {highest:.3g} of the units, asked is {rate:g}")
+    drawn = min(rate, highest)
+    periods = search(drawn, longest).tolist()
+    return Realisation(
+        units=units,
+        run=1,
+        count=0,
+        numbers=2,
+        drawn_rate=drawn,
+        ragged=ragged,
+        groups=groups,
+        periods=tuple(periods),
+    )
+
+
+def _lattices(hashes: Tensor, fit: Realisation) -> list[tuple[int, int]]:
+    """(period, bias) of each site, bias in 0..period-1, from hashes [sites, 2]."""
+    found = []
+    for first, second in hashes.tolist():
+        point = (first >> 10 & 2**53 - 1) / 2**53  # in [0, 1); the top bit of a hash is always 0
+        period, reached = 1, fit.periods[0]
+        while point >= reached and period < len(fit.periods):
+            reached += fit.periods[period]
+            period += 1
+        found.append((period, second % period))
+    return found

@@ -1,0 +1,64 @@
+"""Decide which sites drop tiles of a weight, where the pattern does that.
+
+A site on the input of Linears gives its dropout to their weights (structured DropConnect in place of neuron dropout);
+a site on a weight keeps its place. After this pass `node.meta["tiles"]` of a Linear names its site.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx.graphs import argument, op_name, value_of
+from dropfx.pass_infra import Context, PassResult, Site
+from dropfx.patterns import PatternRefused, Tile
+from dropfx.prices import linear_products, tiled_times
+
+
+def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
+    """Fit the pattern to the weights behind each site; sites without gain get their reason."""
+    if isinstance(context.options.pattern, Tile):
+        for index, site in enumerate(context.sites):
+            if site.rewritten:
+                site.reason = _plan(index, site, context, context.options.pattern)
+    return PassResult(module, False)
+
+
+def drops_weight(site: fx.Node) -> bool:
+    """Whether the dropped value is the weight of Linears, and not their input."""
+    return all(argument(user, 1, "weight") is site for user in site.users)
+
+
+def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
+    """Mark the Linears and return "", or the reason why not."""
+    assert site.node is not None
+    linears = list(site.node.users)
+    if not linears or not all(_is_plain_linear(user, site.node) for user in linears):
+        return "a reader of it is not a Linear, whose weight could drop tiles instead"
+    if any("tiles" in user.meta for user in linears):
+        return "the weight of a Linear that reads it drops tiles for another site"
+    shapes = [linear_products(user)[1:3] for user in linears]
+    try:
+        site.realisation = context.options.realise(min(pattern.tiles(*shape) for shape in shapes), site.rate)
+    except PatternRefused as refusal:
+        return str(refusal)
+    dense, tiled = tiled_times(site.node, linears, site.realisation.keep, context.costs)
+    site.predicted_speedup = dense / tiled
+    if site.predicted_speedup < context.options.min_speedup:
+        return f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={context.options.min_speedup:g}"
+    site.weights = shapes
+    for user in linears:
+        user.meta["tiles"] = index
+        m, n, k, products = linear_products(user)
+        flops = 2 * m * n * k * products
+        site.flops_dense += flops
+        site.flops_compact += round(flops * site.realisation.keep)
+    context.flops_compact -= site.flops_dense - site.flops_compact
+    return ""
+
+
+def _is_plain_linear(user: fx.Node, site: fx.Node) -> bool:
+    if op_name(user) != "linear" or value_of(user) is None:
+        return False
+    weight = value_of(argument(user, 1, "weight"))
+    reads = [argument(user, 0, "input"), argument(user, 1, "weight"), argument(user, 2, "bias")]
+    return weight is not None and weight.dim() == 2 and reads.count(site) == 1 and reads[2] is not site

@@ -1,0 +1,35 @@
+"""linear(dropout(x), W, b), linear(x, dropout(W), b) -> scale * x @ (W * kept tiles)^T + b"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx import ops
+from dropfx.graphs import argument, insert
+from dropfx.pass_infra import Context, PassResult
+from dropfx.patterns import Tile
+
+
+def rewrite_tiles(module: fx.GraphModule, context: Context) -> PassResult:
+    """Replace the Linears that the plan marked; the dropouts before them have no reader left."""
+    pattern = context.options.pattern
+    if not isinstance(pattern, Tile):
+        return PassResult(module, False)
+    graph = module.graph
+    replaced: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if "tiles" not in node.meta:
+            continue
+        site, draw = context.sites[node.meta["tiles"]].node, context.draws[node.meta["tiles"]]
+        assert site is not None
+        undropped = argument(site, 0, "input")
+        x, weight = (undropped if v is site else v for v in (argument(node, 0, "input"), argument(node, 1, "weight")))
+        with graph.inserting_before(node):
+            args = (x, weight, argument(node, 2, "bias"), *pattern.shape, draw["period"], draw["bias"], draw["scale"])
+            new = insert(graph, ops.tiled_linear_op, args, like=node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        replaced.add(site)
+    for site in replaced:
+        graph.erase_node(site)
+    return PassResult(module, bool(replaced))
