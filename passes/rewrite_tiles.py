@@ -27,6 +27,7 @@ def rewrite_tiles(module: fx.GraphModule, context: Context) -> PassResult:
         with graph.inserting_before(node):
             args = (x, weight, argument(node, 2, "bias"), *pattern.shape, draw["period"], draw["bias"], draw["scale"])
             new = insert(graph, ops.tiled_linear_op, args, like=node)
+            del new.meta["tiles"]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         replaced.add(site)
