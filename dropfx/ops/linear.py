@@ -22,9 +22,8 @@ from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, take
 
-_CHUNKS = 4
-"""Parts in which a compact weight gradient is computed and scattered: bounds its memory, keeps it in cache."""
-_MIN_CHUNK = 128
+_PARTS = 4
+"""A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
 
 
 def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, scale: float) -> Tensor:
@@ -43,25 +42,42 @@ def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeig
     if torch.is_grad_enabled():
         made = kept.put(scaled_mm(dy.t(), x, scale).to(kept.dtype))
         return made if dense is None else dense + made
-    stretches = None if kept.dtype != dy.dtype else kept.stretches()
-    into_zeros = dense is None
-    if stretches is None and kept.tiles is None:
+    if dense is None and kept.dtype == dy.dtype and (starts := kept.row_blocks()) is not None:
+        return _product_in_rows(dy, x, kept, starts, scale)
+    if kept.tiles is None:
         product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
         return kept.put(product) if dense is None else kept.add(dense, product)
     if dense is None:
         dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype)
-    if stretches is not None:
-        for here, there, length in stretches:
-            into = dense.narrow(0, there, length)
-            torch.addmm(into, dy.narrow(1, here, length).t(), x, beta=0 if into_zeros else 1, alpha=scale, out=into)
-        return dense
-    assert kept.tiles is not None
+        write = dense.view(-1, kept.tiles[1]).index_copy_
+    else:
+        write = dense.view(-1, kept.tiles[1]).index_add_
     index, width = kept.tiles
-    tiled = dense.view(-1, width)
-    step = max(-(-dy.size(1) // _CHUNKS), _MIN_CHUNK)
+    parts = -(-_PARTS * dy.size(1) * x.size(1) // dense.numel())
+    step = -(-dy.size(1) // parts)
     for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
-        product = scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype)
-        _ = tiled.index_copy_(0, where, product) if into_zeros else tiled.index_add_(0, where, product)
+        # not given a name: one product is freed before the next is made
+        write(0, where, scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))
+    return dense
+
+
+def _product_in_rows(dy: Tensor, x: Tensor, kept: KeptWeight, starts: list[int], scale: float) -> Tensor:
+    """The gradient where whole rows are kept, in its own memory.
+
+    The product fills the first rows; then its blocks of rows move to their places, the last one first: no place lies
+    before what has to move there, and blocks do not overlap.
+    """
+    run = dy.size(1) // len(starts)
+    dense = x.new_empty(kept.n, kept.k)
+    compact = dense[: dy.size(1)]
+    torch.addmm(compact, dy.t(), x, beta=0, alpha=scale, out=compact)
+    end = kept.n
+    for number, start in reversed(list(enumerate(starts))):
+        if start > number * run:
+            dense[start : start + run] = dense[number * run : (number + 1) * run]
+        dense[start + run : end].zero_()
+        end = start
+    dense[:end].zero_()
     return dense
 
 

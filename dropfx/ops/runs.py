@@ -125,24 +125,12 @@ class KeptWeight:
         units = torch.arange(self.n, device=cols.starts.device) if rows is None else rows.units(self.n)
         return (units[:, None] * (self.k // cols.run) + cols.blocks()).view(-1), cols.run
 
-    def stretches(self) -> list[tuple[int, int, int]] | None:
-        """(compact row, dense row, rows) of neighbouring kept rows, where whole rows are kept and asking is free.
-
-        A product can be written straight into them: no compact gradient, no scatter.
-        """
+    def row_blocks(self) -> list[int] | None:
+        """Starts of the kept blocks of rows, where whole rows are kept and asking is free."""
         rows = self.rows
         if rows is None or self.cols is not None or rows.starts.device.type != "cpu" or rows.run < MIN_RUN:
             return None
-        if rows.starts.numel() == 1 or not rows.tile(self.n):
-            return None
-        found: list[tuple[int, int, int]] = []
-        for index, start in enumerate(rows.starts.tolist()):
-            if found and found[-1][1] + found[-1][2] == start:
-                here, there, length = found[-1]
-                found[-1] = here, there, length + rows.run
-            else:
-                found.append((index * rows.run, start, rows.run))
-        return found
+        return rows.starts.tolist() if rows.tile(self.n) else None
 
     def take(self, weight: Tensor) -> Tensor:
         """W [N, K] -> W[rows][:, cols] [N', K']; a view where the runs are windows that do not wrap."""
