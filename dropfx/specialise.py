@@ -136,10 +136,11 @@ class Specialisation:
 
     def draw(self) -> dict[int, Draw | TileDraw]:
         """Fresh draws of the rewritten sites, by their numbers."""
-        draws: dict[int, Draw | TileDraw] = {}
-        for indices, plan in self._plans:
-            draws.update(zip(indices, plan.draw(plan.draw_number()), strict=True))
-        return draws
+        return {
+            index: draw
+            for indices, plan in self._plans
+            for index, draw in zip(indices, plan.draw(plan.draw_number()), strict=True)
+        }
 
     def _inputs(self, draws: dict[int, Draw | TileDraw]) -> list[Any]:
         """The draws and live rates, in the order of insert_draws' placeholders."""
