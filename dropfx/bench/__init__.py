@@ -8,6 +8,7 @@ from types import ModuleType
 BENCHES = {
     "mlp": "dropfx.bench.mlp",
     "fidelity": "dropfx.bench.fidelity",
+    "paper": "dropfx.bench.paper",
 }
 
 

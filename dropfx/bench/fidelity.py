@@ -79,9 +79,7 @@ def prepare(variant: str, sizes: Sequence[int], rate: float) -> nn.Module:
         return mlp(sizes, None if variant == NONE else rate)
     found = re.fullmatch(r"(\w+)(?::(\d+))?(?:@(\d+))?", variant)
     if found is None or (found[2] and found[1] not in _LATTICES):
-        raise InvalidOption(
-            f"variant: got {variant!r}, accepted are such as block, block@4 (groups), row:2 (max_period)"
-        )
+        raise InvalidOption(f"variant: got {variant!r}, accepted are such as block, block@4 (groups), row:2 (period)")
     pattern = _LATTICES[found[1]](max_period=int(found[2])) if found[2] else found[1]
     # every site is rewritten, whether it pays or not: what is compared is accuracy
     return dropfx.compile(mlp(sizes, rate), pattern=pattern, groups=int(found[3] or 1), min_speedup=0)

@@ -75,7 +75,7 @@ def memory_table(results: Sequence[Result]) -> Table:
     names = list(results[0].peak_bytes)
     table = _table("Peak memory of a step above the resting level, MiB", *names)
     for result in results:
-        table.add_row(*_case(result), *(f"{result.peak_bytes[name] / _MIB:.1f}" for name in names))
+        table.add_row(*_case(result), *(f"{result.peak_bytes[name] / _MIB:.2f}" for name in names))
     return table
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from dropfx import bench
-from dropfx.bench import arguments, fidelity, harness, malloc, mlp, report
+from dropfx.bench import arguments, fidelity, harness, malloc, mlp, paper, report
 from dropfx.bench.training import mlp as make_mlp
 from dropfx.bench.training import sgd, train_step
 from dropfx.errors import InvalidOption
@@ -68,6 +68,11 @@ def test_flop_ceiling(sizes, expected):
         assert mlp.flop_ceiling(sizes, [1 - rate] * 2) == pytest.approx(value, abs=0.006)
 
 
+def test_tile_ceiling():
+    """The first layer is dense, the others keep 1 - p: (2ab + 3b^2 + 30b) / (2ab + (1 - p)(3b^2 + 30b))."""
+    assert paper.tile_ceiling((8, 4, 4, 2), 0.5) == pytest.approx((64 + 48 + 24) / (64 + 36))
+
+
 def test_default_cases_leave_out_the_large_net_at_the_small_batch():
     cases = mlp.cases(None, None, [0.5])
     assert [(case.sizes[1], case.batch) for case in cases] == [(2048, 128), (2048, 1024), (4096, 1024)]
@@ -85,6 +90,8 @@ def test_paired_bound():
 def test_unknown_variants_are_refused():
     with pytest.raises(InvalidOption, match="block@4"):
         fidelity.prepare("block@many", (8, 8, 2), 0.5)
+    with pytest.raises(InvalidOption, match="row:2"):
+        fidelity.prepare("block:2", (8, 8, 2), 0.5)
     with pytest.raises(InvalidOption, match="nonsense"):
         fidelity.prepare("nonsense", (8, 8, 2), 0.5)
 
@@ -131,7 +138,9 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     module.add_arguments(parser)
     small = {
         "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
-        "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block slice",
+        "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block@2 row:2",
+        "paper": "--nets 784-64-64-10 --batch 8 --rates .5 --rounds 2 --accuracy-net 784-64-64-10 --seeds 2"
+        " --epochs 1 --samples 256",
     }[name]
     args = parser.parse_args([*small.split(), "--malloc", "system", "--out", str(tmp_path)])
     assert module.main(args) == 0
@@ -139,4 +148,4 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["machine"]["cores"] == os.cpu_count()
     printed = capsys.readouterr().out
-    assert {"mlp": "speed-up", "fidelity": "accuracy"}[name] in printed
+    assert {"mlp": "speed-up", "fidelity": "accuracy", "paper": "FLOP ceiling"}[name] in printed
