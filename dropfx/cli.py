@@ -94,7 +94,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"pattern": args.pattern, "min_speedup": args.min_speedup}
+    options: dict[str, Any] = {"pattern": args.pattern, "groups": args.groups, "min_speedup": args.min_speedup}
     if args.block != "auto":
         options["block"] = int(args.block)
     return options
@@ -148,7 +148,8 @@ def _model_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
         metavar="SHAPE[:DTYPE[<HIGH]]",
         help="one input, such as 20,35:int64<8800; repeat for several",
     )
-    command.add_argument("--pattern", default="block", help="block or slice")
+    command.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
+    command.add_argument("--groups", type=int, default=1, help="draws a batch (default: 1)")
     command.add_argument("--block", type=_block, default="auto", help="units in a block, or auto")
     command.add_argument("--min-speedup", type=_finite, default=1.05, help="0 rewrites all that can be")
     return command

@@ -264,9 +264,10 @@ def compile(
 
     Args:
         model: any `nn.Module`.
-        pattern: "block", "slice", or a pattern of `dropfx.patterns`.
+        pattern: "block", "slice", "row", "tile", or a pattern of `dropfx.patterns`. "tile" drops tiles of the weights
+            behind a dropout (structured DropConnect) in place of units, and of weights that the model itself drops.
         block: units in a block, or "auto".
-        groups: draws a batch; 1 shares one draw.
+        groups: draws a batch, one for each of so many contiguous chunks of the leading axis; 1 shares one draw.
         lowering: "auto", "aten" or "triton".
         min_speedup: predicted speed-up from which a site is rewritten; 0 rewrites all that can be.
         example_inputs: inputs of a training call, to trace at once; else the first training call traces.
