@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
-from dropfx.draws import Draw, DrawPlan, TileDraw
-from dropfx.ops.groups import sizes
+from dropfx.draws import Draw, TileDraw
 from dropfx.pass_infra import Context, Options, Site, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.patterns import PatternRefused, Realisation, Tile
+from dropfx.patterns import PatternRefused, Realisation
 from dropfx.runtime import runtime
+from dropfx.site_draws import SiteDraws
 from dropfx.tracing import Trace, hooked, trace
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -108,39 +108,19 @@ class Specialisation:
         if [k[0] for k in kinds] != [k[0] for k in self._kinds]:
             return False
         self._rates = rates
-        self._plan([kind[1] for kind in kinds])
+        self.draws = SiteDraws(self.context, [kind[1] for kind in kinds])
         return True
-
-    def _plan(self, fits: list[Realisation | None]) -> None:
-        """Draw plans, one a device."""
-        by_device: dict[torch.device, list[int]] = {}
-        for index, site in enumerate(self.context.sites):
-            if site.rewritten:
-                by_device.setdefault(site.device, []).append(index)
-        self._plans = []
-        for device, indices in by_device.items():
-            names = [self.context.sites[i].name for i in indices]
-            chosen = [fit for i in indices if (fit := fits[i]) is not None]
-            self._plans.append((indices, DrawPlan(names, chosen, self._options.pattern, device)))
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def __call__(self, root: nn.Module, tensors: list[Tensor]) -> Any:
         """Run on the tensor leaves of the inputs."""
-        draws = self.draw()
+        draws = self.draws.draw()
         outputs = self._run(root, *tensors, *self._inputs(draws))
         outputs, rows = outputs[: self._results], outputs[self._results :]
         if runtime.frame is not None:
-            self._record(draws, rows)
+            self.draws.record(draws, rows)
         return outputs[0] if self._out_spec is None else pytree.tree_unflatten(outputs, self._out_spec)
-
-    def draw(self) -> dict[int, Draw | TileDraw]:
-        """Fresh draws of the rewritten sites, by their numbers."""
-        return {
-            index: draw
-            for indices, plan in self._plans
-            for index, draw in zip(indices, plan.draw(plan.draw_number()), strict=True)
-        }
 
     def _inputs(self, draws: dict[int, Draw | TileDraw]) -> list[Any]:
         """The draws and live rates, in the order of insert_draws' placeholders."""
@@ -151,30 +131,6 @@ class Specialisation:
             elif site.takes_rate:
                 inputs.append(self._rates[index])
         return inputs
-
-    def _record(self, draws: dict[int, Draw | TileDraw], rows: tuple[int, ...]) -> None:
-        """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""
-        lengths = dict(zip(self.context.draws, rows, strict=False))
-        for index, draw in draws.items():
-            site = self.context.sites[index]
-            if isinstance(draw, TileDraw):
-                self._record_tiles(site, draw)
-                continue
-            mask, behind = draw.mask(site.dtype), [1] * (-1 - site.axis)
-            if index in lengths:
-                length = lengths[index]
-                spread = torch.tensor(sizes(length, len(mask)), device=mask.device)
-                between = [1] * (site.rank - 2 - len(behind))
-                mask = mask.repeat_interleave(spread, dim=0).view(length, *between, mask.size(-1), *behind)
-            else:
-                mask = mask.view(-1, *behind)
-            runtime.note(site.name, mask)
-
-    def _record_tiles(self, site: Site, draw: TileDraw) -> None:
-        assert isinstance(self._options.pattern, Tile)
-        for number, weight in enumerate(site.weights):
-            name = site.name if len(site.weights) == 1 else f"{site.name}[{number}]"
-            runtime.note(name, draw.mask(*weight, self._options.pattern.shape, site.dtype).to(site.device))
 
 
 _MISSING = object()

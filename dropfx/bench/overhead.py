@@ -57,7 +57,7 @@ def measure(rounds: int = 20) -> Overhead:
 
     found = look_up()
     assert found is not None
-    parts = _microseconds({"key": look_up, "draws": found.draw}, rounds)
+    parts = _microseconds({"key": look_up, "draws": found.draws.draw}, rounds)
     calls: dict[str, harness.Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
     training = _microseconds(calls, rounds)
     plain.eval()

@@ -1,0 +1,70 @@
+"""The draws of a rewritten graph: made for a call, and recorded as the multipliers that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dropfx.draws import Draw, DrawPlan, TileDraw
+from dropfx.ops.groups import sizes
+from dropfx.pass_infra import Context, Site
+from dropfx.patterns import Realisation, Tile
+from dropfx.runtime import runtime
+
+
+class SiteDraws:
+    """Draws for the rewritten sites of a graph, one plan a device.
+
+    Args:
+        context: the graph's, after the passes.
+        fits: the pattern fitted to each of context.sites at its present rate; None for sites that run as written.
+    """
+
+    def __init__(self, context: Context, fits: Sequence[Realisation | None]) -> None:
+        self._context = context
+        by_device: dict[torch.device, list[int]] = {}
+        for index, site in enumerate(context.sites):
+            if site.rewritten:
+                by_device.setdefault(site.device, []).append(index)
+        self._plans = []
+        for device, indices in by_device.items():
+            names = [context.sites[i].name for i in indices]
+            chosen = [fit for i in indices if (fit := fits[i]) is not None]
+            self._plans.append((indices, DrawPlan(names, chosen, context.options.pattern, device)))
+
+    def draw(self) -> dict[int, Draw | TileDraw]:
+        """Fresh draws, by the numbers of their sites."""
+        return {
+            index: draw
+            for indices, plan in self._plans
+            for index, draw in zip(indices, plan.draw(plan.draw_number()), strict=True)
+        }
+
+    def record(self, draws: dict[int, Draw | TileDraw], rows: Sequence[int]) -> None:
+        """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""
+        lengths = dict(zip(self._context.draws, rows, strict=False))
+        for index, draw in draws.items():
+            site = self._context.sites[index]
+            if isinstance(draw, TileDraw):
+                self._record_tiles(site, draw)
+            else:
+                runtime.note(site.name, _multiplier(site, draw, lengths.get(index)))
+
+    def _record_tiles(self, site: Site, draw: TileDraw) -> None:
+        pattern = self._context.options.pattern
+        assert isinstance(pattern, Tile)
+        for number, weight in enumerate(site.weights):
+            name = site.name if len(site.weights) == 1 else f"{site.name}[{number}]"
+            runtime.note(name, draw.mask(*weight, pattern.shape, site.dtype).to(site.device))
+
+
+def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:
+    """The draw's mask, with axes of length 1 so that it broadcasts to the site's tensor."""
+    mask, behind = draw.mask(site.dtype), [1] * (-1 - site.axis)
+    if length is None:
+        return mask.view(-1, *behind)
+    spread = torch.tensor(sizes(length, len(mask)), device=mask.device)
+    between = [1] * (site.rank - 2 - len(behind))
+    return mask.repeat_interleave(spread, dim=0).view(length, *between, mask.size(-1), *behind)
