@@ -82,6 +82,10 @@ class Draw(NamedTuple):
         """Compact width of this draw, padding included."""
         return self.starts.size(-1) * self.run
 
+    def by_unit(self) -> Draw:
+        """The same with runs of one unit, so that the run's length does not vary by draw."""
+        return self if self.run == 1 else self._replace(starts=unwrapped(self.starts, self.run), run=1)
+
     def units(self) -> Tensor:
         """Kept units, int64 [(groups,) width], padding wrapped to the axis' beginning."""
         return unwrapped(self.starts, self.run) % self.realisation.units
@@ -95,16 +99,24 @@ class Draw(NamedTuple):
 
 
 class TileDraw(NamedTuple):
-    """One site's outcome for tiles of a weight: (r + c - bias) mod period = 0 are kept, times scale."""
+    """One site's outcome for tiles of a weight, as in `patterns.KeptTiles`."""
 
-    period: int
-    bias: int
+    lattice: Tensor
     scale: float
+
+    @property
+    def period(self) -> int:
+        return int(self.lattice[0])
+
+    @property
+    def bias(self) -> int:
+        return int(self.lattice[1])
 
     def mask(self, rows: int, columns: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Dense multiplier [rows, columns] of a weight cut in tiles of `shape`."""
         place = (torch.arange(rows) // shape[0])[:, None] + torch.arange(columns) // shape[1]
-        return ((place - self.bias) % self.period == 0).to(dtype) * self.scale
+        kept: Tensor = (place - self.bias) % self.period == 0
+        return kept.to(dtype) * self.scale
 
 
 @dataclass

@@ -24,6 +24,8 @@ class SiteDraws:
 
     def __init__(self, context: Context, fits: Sequence[Realisation | None]) -> None:
         self._context = context
+        # a compiler would take a varying length of a run for a constant; it may vary the number of runs
+        self._vary = context.options.pattern.on_host and not context.eager
         by_device: dict[torch.device, list[int]] = {}
         for index, site in enumerate(context.sites):
             if site.rewritten:
@@ -36,11 +38,14 @@ class SiteDraws:
 
     def draw(self) -> dict[int, Draw | TileDraw]:
         """Fresh draws, by the numbers of their sites."""
-        return {
+        draws = {
             index: draw
             for indices, plan in self._plans
             for index, draw in zip(indices, plan.draw(plan.draw_number()), strict=True)
         }
+        if self._vary:
+            return {index: draw.by_unit() if isinstance(draw, Draw) else draw for index, draw in draws.items()}
+        return draws
 
     def record(self, draws: dict[int, Draw | TileDraw], rows: Sequence[int]) -> None:
         """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""

@@ -25,7 +25,7 @@ def rewrite_tiles(module: fx.GraphModule, context: Context) -> PassResult:
         undropped = argument(site, 0, "input")
         x, weight = (undropped if v is site else v for v in (argument(node, 0, "input"), argument(node, 1, "weight")))
         with graph.inserting_before(node):
-            args = (x, weight, argument(node, 2, "bias"), *pattern.shape, draw["period"], draw["bias"], draw["scale"])
+            args = (x, weight, argument(node, 2, "bias"), *pattern.shape, draw["lattice"], draw["scale"])
             new = insert(graph, ops.tiled_linear_op, args, like=node)
             del new.meta["tiles"]
         node.replace_all_uses_with(new)

@@ -217,13 +217,14 @@ def test_options_that_do_not_fit(options: dict[str, int]) -> None:
 @pytest.mark.parametrize("period", [1, 2, 3, 5])
 def test_registered_op(shape: tuple[int, int], period: int) -> None:
     torch.manual_seed(0)
+    lattice = torch.tensor([period, 1 % period])
     x = torch.randn(3, 4, shape[1], dtype=torch.float64, requires_grad=True)
     weight = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(shape[0], dtype=torch.float64, requires_grad=True)
     for given in (bias, None):
-        arguments = (x, weight, given, 16, 8, period, 1, 1.5)
+        arguments = (x, weight, given, 16, 8, lattice, 1.5)
         torch.library.opcheck(ops.tiled_linear_op, arguments)
         torch.testing.assert_close(ops.tiled_linear_op(*arguments), ops.EAGER[ops.tiled_linear_op](*arguments))
     assert torch.autograd.gradcheck(
-        lambda *a: ops.EAGER[ops.tiled_linear_op](*a, 16, 8, period, 1, 1.5), (x, weight, bias)
+        lambda *a: ops.EAGER[ops.tiled_linear_op](*a, 16, 8, lattice, 1.5), (x, weight, bias)
     )

@@ -3,7 +3,8 @@
 Rows of tiles with equal r mod period keep the same columns of tiles. So x's columns and y's rows are put in the order
 of these classes once, and each class is one dense product of 1/period of the rows with 1/period of the columns.
 
-Shapes: x [*, K], W [N, K], b [N], y [*, N];  xs, ys, Ws: the parts of class s
+Shapes: x [*, K], W [N, K], b [N], y [*, N], lattice int64 [2] on the CPU (period, offset)
+    xs, ys, Ws: the parts of class s
     ys = scale * xs @ Ws^T      dxs = scale * dys @ Ws      dWs = scale * dys^T @ xs, zeros at dropped tiles
 """
 
@@ -53,7 +54,7 @@ def _side(units: int, tile: int, period: int, offset: int, sign: int, device: to
     return _Side(Runs(starts[order], run), Runs(order.argsort() * run, run), widths)
 
 
-class _Lattice:
+class _Tiles:
     """The kept tiles of a weight.
 
     Attributes:
@@ -61,7 +62,8 @@ class _Lattice:
         parts: rows and columns, in that order, and kept weight of each class that has both.
     """
 
-    def __init__(self, weight: Tensor, tile: tuple[int, int], period: int, offset: int) -> None:
+    def __init__(self, weight: Tensor, tile: tuple[int, int], lattice: Tensor) -> None:
+        period, offset = lattice.tolist()
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         self.rows = _side(self.n, tile[0], period, 0, 1, weight.device)
@@ -88,16 +90,16 @@ def _restored(parts: list[tuple[slice, Tensor]], like: Tensor, side: _Side) -> T
     return take(torch.cat(columns, 1), 1, side.back)
 
 
-def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, lattice: _Lattice, scale: float) -> Tensor:
-    if lattice.k != x.size(-1):
-        raise RuntimeError(f"tiled linear: input has {x.size(-1)} features, the weight {lattice.k}")
-    flat = take(x.reshape(-1, x.size(-1)), 1, lattice.cols.order)
+def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tiles: _Tiles, scale: float) -> Tensor:
+    if tiles.k != x.size(-1):
+        raise RuntimeError(f"tiled linear: input has {x.size(-1)} features, the weight {tiles.k}")
+    flat = take(x.reshape(-1, x.size(-1)), 1, tiles.cols.order)
     parts = [
         (rows, scaled_mm(flat[:, cols], weight.t(), scale))
-        for (rows, cols, _), weight in zip(lattice.parts, weights, strict=True)
+        for (rows, cols, _), weight in zip(tiles.parts, weights, strict=True)
     ]
-    out = _restored(parts, parts[0][1] if parts else flat, lattice.rows)
-    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], lattice.n)
+    out = _restored(parts, parts[0][1] if parts else flat, tiles.rows)
+    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], tiles.n)
 
 
 def _gradients(
@@ -105,29 +107,29 @@ def _gradients(
     x: Tensor | None,
     weights: list[Tensor] | None,
     bias: Tensor | None,
-    lattice: _Lattice,
+    tiles: _Tiles,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX where `weights` is given, dW where `x` is, db where `bias`."""
     flat = grad.reshape(-1, grad.size(-1))
-    dy = take(flat, 1, lattice.rows.order)
+    dy = take(flat, 1, tiles.rows.order)
     dx = dw = None
     if weights is not None:
         parts = [
             (cols, scaled_mm(dy[:, rows], weight.to(dy.dtype), scale))
-            for (rows, cols, _), weight in zip(lattice.parts, weights, strict=True)
+            for (rows, cols, _), weight in zip(tiles.parts, weights, strict=True)
         ]
-        dx = _restored(parts, dy, lattice.cols).view(*grad.shape[:-1], lattice.k)
+        dx = _restored(parts, dy, tiles.cols).view(*grad.shape[:-1], tiles.k)
     if x is not None:
-        ordered = take(x.reshape(-1, x.size(-1)).to(dy.dtype), 1, lattice.cols.order)
-        dw = _weight_gradient(dy, ordered, lattice, scale)
+        ordered = take(x.reshape(-1, x.size(-1)).to(dy.dtype), 1, tiles.cols.order)
+        dw = _weight_gradient(dy, ordered, tiles, scale)
     return dx, dw, None if bias is None else flat.sum(0).to(bias.dtype)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, lattice: _Lattice, scale: float) -> Tensor:
-    dense = x.new_zeros(lattice.n, lattice.k, dtype=lattice.dtype)
-    for rows, cols, kept in lattice.parts:
-        product = scaled_mm(dy[:, rows].t(), x[:, cols], scale).to(lattice.dtype)
+def _weight_gradient(dy: Tensor, x: Tensor, tiles: _Tiles, scale: float) -> Tensor:
+    dense = x.new_zeros(tiles.n, tiles.k, dtype=tiles.dtype)
+    for rows, cols, kept in tiles.parts:
+        product = scaled_mm(dy[:, rows].t(), x[:, cols], scale).to(tiles.dtype)
         if torch.is_grad_enabled() or kept.tiles is None:
             dense = dense + kept.put(product)
         else:
@@ -142,14 +144,11 @@ def _tiled_linear(
     bias: Tensor | None,
     tile_rows: int,
     tile_cols: int,
-    period: int,
-    offset: int,
+    lattice: Tensor,
     scale: float,
 ) -> Tensor:
-    if period == 1:
-        return scaled_linear(x, weight, bias, scale)
-    lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
-    return _forward(x, lattice.take(weight), bias, lattice, scale)
+    tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
+    return _forward(x, tiles.take(weight), bias, tiles, scale)
 
 
 def _tiled_linear_fake(
@@ -158,8 +157,7 @@ def _tiled_linear_fake(
     bias: Tensor | None,
     tile_rows: int,
     tile_cols: int,
-    period: int,
-    offset: int,
+    lattice: Tensor,
     scale: float,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.size(0)])
@@ -171,15 +169,14 @@ def _tiled_linear_backward(
     weight: Tensor,
     tile_rows: int,
     tile_cols: int,
-    period: int,
-    offset: int,
+    lattice: Tensor,
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
-    weights = lattice.take(weight) if mask[0] else None
+    tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
+    weights = tiles.take(weight) if mask[0] else None
     bias = weight if mask[2] else None  # for its dtype
-    dx, dw, db = _gradients(grad, x if mask[1] else None, weights, bias, lattice, scale)
+    dx, dw, db = _gradients(grad, x if mask[1] else None, weights, bias, tiles, scale)
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
         weight.new_empty(0) if dw is None else dw,
@@ -193,8 +190,7 @@ def _tiled_linear_backward_fake(
     weight: Tensor,
     tile_rows: int,
     tile_cols: int,
-    period: int,
-    offset: int,
+    lattice: Tensor,
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,14 +208,16 @@ autocast("tiled_linear")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *ctx.rest = inputs
+    x, weight, _, ctx.tile_rows, ctx.tile_cols, lattice, ctx.scale = inputs
     ctx.mask = list(ctx.needs_input_grad[:3])
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, weight, lattice)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = tiled_linear_backward_op(grad, *ctx.saved_tensors, *ctx.rest, ctx.mask)
-    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 5
+    x, weight, lattice = ctx.saved_tensors
+    shape = ctx.tile_rows, ctx.tile_cols
+    grads = tiled_linear_backward_op(grad, x, weight, *shape, lattice, ctx.scale, ctx.mask)
+    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 4
 
 
 torch.library.register_autograd(tiled_linear_op, _autograd, setup_context=_save)
@@ -234,17 +232,16 @@ class _TiledLinear(torch.autograd.Function):
         bias: Tensor | None,
         tile_rows: int,
         tile_cols: int,
-        period: int,
-        offset: int,
+        lattice: Tensor,
         scale: float,
     ) -> Tensor:
-        ctx.lattice = lattice = _Lattice(weight, (tile_rows, tile_cols), period, offset)
-        weights = lattice.take(weight)
+        ctx.tiles = tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
+        weights = tiles.take(weight)
         ctx.scale, ctx.dtype, ctx.bias = scale, x.dtype, bias if ctx.needs_input_grad[2] else None
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.weights = weights if wants_x else None
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return _forward(x, weights, bias, lattice, scale)
+        return _forward(x, weights, bias, tiles, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -253,27 +250,17 @@ class _TiledLinear(torch.autograd.Function):
         if weight is not None:
             # with create_graph the kept weights must be part of the graph; a second backward gathers them anew
             reuse = ctx.weights is not None and not torch.is_grad_enabled()
-            weights = ctx.weights if reuse else ctx.lattice.take(weight)
+            weights = ctx.weights if reuse else ctx.tiles.take(weight)
             ctx.weights = None
-        dx, dw, db = _gradients(grad, x, weights, ctx.bias, ctx.lattice, ctx.scale)
-        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 5
+        dx, dw, db = _gradients(grad, x, weights, ctx.bias, ctx.tiles, ctx.scale)
+        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 4
 
 
-def _tiled_linear_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile_rows: int,
-    tile_cols: int,
-    period: int,
-    offset: int,
-    scale: float,
-) -> Tensor:
-    if period == 1:
+def _tiled_linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    lattice, scale = rest[2:]
+    if lattice[0] == 1:  # all is kept
         return scaled_linear(x, weight, bias, scale)
-    out: Tensor = _TiledLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, tile_rows, tile_cols, period, offset, scale
-    )
+    out: Tensor = _TiledLinear.apply(x, weight, bias, *rest)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -78,10 +78,13 @@ class Kept(NamedTuple):
 
 
 class KeptTiles(NamedTuple):
-    """What one draw keeps of a tiled weight: the tiles (r, c) with (r + c - bias) mod period = 0, times scale."""
+    """What one draw keeps of a tiled weight: the tiles (r, c) with (r + c - bias) mod period = 0, times scale.
 
-    period: int
-    bias: int
+    Attributes:
+        lattice: int64 [2] on the CPU: period, bias.
+    """
+
+    lattice: Tensor
     scale: float
 
 

@@ -43,7 +43,7 @@ class Row(Pattern):
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
         if units < 2:
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
-        return _fit(units, rate, self.max_period, groups, ragged=groups > 1)
+        return _fit(units, rate, self.max_period, groups, ragged=groups > 1 or self.scale == "period")
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
         return [self._one(hashes, *lattice, fit) for lattice in _lattices(hashes, fit)]
@@ -51,9 +51,11 @@ class Row(Pattern):
     def _one(self, hashes: Tensor, period: int, bias: int, fit: Realisation) -> Kept:
         scale = fit.scale if self.scale == "global" else float(period)
         if fit.groups == 1:
+            units = torch.arange(bias, fit.units, period)
+            by_unit = torch.full(units.shape, scale, dtype=torch.float64) if fit.ragged else scale
             if period == 1:  # one run of all units: nothing is copied
-                return Kept(hashes.new_zeros(1), fit.units, scale)
-            return Kept(torch.arange(bias, fit.units, period), 1, scale)
+                return Kept(hashes.new_zeros(1), fit.units, by_unit)
+            return Kept(units, 1, by_unit)
         biases = (bias + torch.arange(fit.groups))[:, None] % period
         units = biases + torch.arange(0, fit.units, period)
         beyond = units >= fit.units
@@ -81,7 +83,7 @@ class Tile(Pattern):
     shape: tuple[int, int] = (32, 32)
     max_period: int | None = None
     name = "tile"
-    fields = ("period", "bias", "scale")
+    fields = ("lattice", "scale")
     on_host = True
 
     def __post_init__(self) -> None:
@@ -103,7 +105,7 @@ class Tile(Pattern):
         return _fit(units, rate, self.max_period, groups, ragged=False)
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[KeptTiles]:
-        return [KeptTiles(period, bias, fit.scale) for period, bias in _lattices(hashes, fit)]
+        return [KeptTiles(torch.tensor(lattice), fit.scale) for lattice in _lattices(hashes, fit)]
 
 
 def _check_period(max_period: int | None) -> None:

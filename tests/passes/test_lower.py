@@ -22,7 +22,7 @@ CALLS = {
     ops.residual_add_op: (torch.ones(3, 16), torch.ones(3, 8), STARTS, 4, -1, 16, 1.0),
     ops.take_op: (torch.ones(3, 16), STARTS, 4, -1),
     ops.put_op: (torch.ones(3, 8), STARTS, 4, -1, 16),
-    ops.tiled_linear_op: (torch.ones(3, 16), torch.ones(8, 16), torch.ones(8), 4, 4, 2, 1, 1.5),
+    ops.tiled_linear_op: (torch.ones(3, 16), torch.ones(8, 16), torch.ones(8), 4, 4, torch.tensor([2, 1]), 1.5),
 }
 """Each gathered op with arguments that fit; the tensors become inputs of the graph."""
 

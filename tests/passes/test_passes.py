@@ -165,7 +165,7 @@ def test_tiles_take_the_place_of_the_dropout_before_a_linear() -> None:
     graph, context = run(plain, *steps, pattern="tile")
     (tiled,) = [n for n in graph.nodes if n.target is ops.tiled_linear_op]
     draw = context.draws[0]
-    assert tiled.args[3:] == (32, 32, draw["period"], draw["bias"], draw["scale"])
+    assert tiled.args[3:] == (32, 32, draw["lattice"], draw["scale"])
     assert op_name(tiled.args[0]) == "relu"
     assert not any(op_name(n) == "dropout" for n in graph.nodes)
     assert targets(graph) == targets(run(plain, *steps, rewrite_tiles, pattern="tile")[0])
