@@ -179,6 +179,10 @@ def _bind(graph: fx.Graph, context: Context, draws: SiteDraws) -> tuple[list[tup
                 names.append((index, field))
                 values.append(value)
                 nodes[field]._dynamo_source = None
+            elif field == "width" and context.options.pattern.on_host:  # the count of runs, of one unit each
+                with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+                    nodes[field].replace_all_uses_with(graph.call_method("size", (nodes["starts"], -1)))
+                graph.erase_node(nodes[field])
             else:
                 _substitute(graph, nodes[field], value)
     return names, values

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from dropfx.errors import InvalidInput, InvalidModel, NoDropoutWarning, PassError
@@ -80,7 +81,7 @@ class State:
             leaves, spec = list(args), len(args)
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))  # type: ignore[assignment]
-        key = None if self.opaque or _global_hooks() else key_of(leaves)
+        key = None if self.opaque or _not_traceable_now() else key_of(leaves)
         if key is None:
             return self._as_written(module, args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -225,12 +226,15 @@ def _restore(module: nn.Module) -> None:
             del part.__dict__["_dropfx"]
 
 
-def _global_hooks() -> bool:
+def _not_traceable_now() -> bool:
+    """Something around the call sees or replaces what a graph would bypass: hooks, parametrize.cached, torch.func."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
+        or parametrize._cache_enabled
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

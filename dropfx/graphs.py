@@ -34,6 +34,18 @@ def value_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def mark_gradients(graph: fx.Graph) -> None:
+    """Set meta["asks_gradient"] of every node: whether a backward through it would reach a leaf that asks for one.
+
+    In a graph traced under no_grad no value says so; yet activation checkpointing runs it again for its gradients.
+    """
+    for node in graph.nodes:
+        value = value_of(node)
+        asks = any(operand.meta["asks_gradient"] for operand in node.all_input_nodes) and op_name(node) != "detach"
+        floating = value is None or value.is_floating_point() or value.is_complex()
+        node.meta["asks_gradient"] = floating and (asks or (value is not None and value.requires_grad))
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

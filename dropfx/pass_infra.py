@@ -46,7 +46,7 @@ class Site:
         live: (module path, attribute) from which the rate is read at each call; None for a constant.
         node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
         axis: its unit axis, counted from the end.
-        rank: dimensions of its tensor.
+        rank, leading: dimensions of its tensor, and the length of the first one in the trace.
         weights: shapes of the weights that drop tiles for it.
         realisation: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
@@ -58,6 +58,7 @@ class Site:
     node: fx.Node | None = None
     axis: int = -1
     rank: int = 0
+    leading: int = 0
     weights: list[tuple[int, int]] = field(default_factory=list)
     realisation: Realisation | None = None
     reason: str = ""

@@ -17,11 +17,12 @@ Keeps = Callable[[fx.Node], tuple[float, float]]
 
 def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     """(M, N, K, products) of a Linear: 1 product forward and one for each gradient that is asked of it."""
-    x, weight = value_of(argument(node, 0, "input")), value_of(argument(node, 1, "weight"))
+    operands = argument(node, 0, "input"), argument(node, 1, "weight")
+    x, weight = map(value_of, operands)
     assert x is not None
     assert weight is not None
     rows = x.numel() // max(x.size(-1), 1)
-    return rows, weight.size(0), weight.size(1), 1 + int(x.requires_grad) + int(weight.requires_grad)
+    return rows, weight.size(0), weight.size(1), 1 + sum(bool(o.meta.get("asks_gradient")) for o in operands)
 
 
 def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:

@@ -113,7 +113,10 @@ def rows_source(node: fx.Node) -> fx.Node:
     """An operand whose first axis is the first axis of a region's node before or at the site."""
     form = node.meta.get("form")
     operands = [o for o in node.all_input_nodes if value_of(o) is not None]
-    if form is None or op_name(node) in GEMMS:
+    if op_name(node) in GEMMS:
+        source: fx.Node = argument(node, 0, "input")
+        return source
+    if form is None:
         return operands[0]
     return next(o for o in operands if same_rows(o, node, form.axis))
 

@@ -50,15 +50,18 @@ class _Runtime:
             for record in self.records:
                 record.append(masks)
 
-    def note(self, name: str, mask: Tensor) -> None:
-        """Record one site's multiplier; a second call of a module gets the name that design section 8 gives it."""
+    def note(self, name: str, mask: Tensor, suffix: str = "") -> None:
+        """Record one site's multiplier; a second call of a module gets the name that design section 8 gives it.
+
+        The suffix tells the multipliers of one call apart.
+        """
         assert self.frame is not None
         path, functional, _ = name.partition(":dropout_")
         plain, count = name, 1
-        while name in self.frame:
+        while name + suffix in self.frame:
             count += 1
             name = f"{path}:dropout_{count}" if functional else f"{plain}#{count}"
-        self.frame[name] = mask
+        self.frame[name + suffix] = mask
 
 
 runtime = _Runtime()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropfx.draws import Draw, DrawPlan, TileDraw
-from dropfx.ops.groups import sizes
+from dropfx.ops.groups import by_row
 from dropfx.pass_infra import Context, Site
 from dropfx.patterns import Realisation, Tile
 from dropfx.runtime import runtime
@@ -61,8 +61,8 @@ class SiteDraws:
         pattern = self._context.options.pattern
         assert isinstance(pattern, Tile)
         for number, weight in enumerate(site.weights):
-            name = site.name if len(site.weights) == 1 else f"{site.name}[{number}]"
-            runtime.note(name, draw.mask(*weight, pattern.shape, site.dtype).to(site.device))
+            suffix = f"[{number}]" if len(site.weights) > 1 else ""
+            runtime.note(site.name, draw.mask(*weight, pattern.shape, site.dtype).to(site.device), suffix)
 
 
 def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:
@@ -70,6 +70,5 @@ def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:
     mask, behind = draw.mask(site.dtype), [1] * (-1 - site.axis)
     if length is None:
         return mask.view(-1, *behind)
-    spread = torch.tensor(sizes(length, len(mask)), device=mask.device)
     between = [1] * (site.rank - 2 - len(behind))
-    return mask.repeat_interleave(spread, dim=0).view(length, *between, mask.size(-1), *behind)
+    return by_row(mask, length).view(length, *between, mask.size(-1), *behind)

@@ -66,9 +66,11 @@ class Specialisation:
     ) -> None:
         runtime.traces += 1
         traced = trace(root, args, kwargs, original_class)
-        self.shapes = _shapes(args, kwargs) if traced.exact_shapes else None
         self.leaves = traced.leaves
         self.context = _transform(root, traced, prefix, options)
+        # a leading axis of 1 may be a size or a broadcast, which only its value tells
+        lone = options.groups > 1 and any(site.rewritten and site.leading == 1 for site in self.context.sites)
+        self.shapes = _shapes(args, kwargs) if traced.exact_shapes or lone else None
         self.sites = [s for s in self.context.sites if s.rewritten]
         self._results = traced.out_spec.num_leaves
         self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec

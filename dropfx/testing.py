@@ -158,7 +158,8 @@ class _Substitute(TorchFunctionMode):
         name = self._name()
         x = args[0] if args else kwargs["input"]
         if self._tiles and (weights := _of_weights(self._masks, name)):
-            dropped = x.view_as(x)  # known again by identity
+            inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
+            dropped = x if inplace else x.view_as(x)  # known again by identity
             self._tiled.append((dropped, iter(weights)))
             return dropped
         mask = self._masks.get(name)
@@ -170,7 +171,8 @@ class _Substitute(TorchFunctionMode):
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self._tiled:
             if input is dropped or weight is dropped:
-                weight = weight * next(masks).to(weight.dtype)
+                mask = next(masks, None)  # a Linear that nobody reads has none
+                weight = weight if mask is None else weight * mask.to(weight.dtype)
         return F.linear(input, weight, bias)
 
     def restart(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from dropfx.graphs import argument, value_of
+from dropfx.graphs import argument, mark_gradients, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
@@ -15,6 +15,7 @@ _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 
 def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
     """Fill context.sites in graph order; changes nothing."""
+    mark_gradients(module.graph)
     for node in module.graph.nodes:
         if node.op == "call_module":
             context.sites += _inside(str(node.target), module.get_submodule(str(node.target)))
@@ -36,6 +37,7 @@ def _site(node: fx.Node, context: Context) -> Site:
     value = value_of(node)
     if not site.reason and value is not None:
         site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()
+        site.leading = value.size(0)
         if isinstance(context.options.pattern, Tile):  # fitted to the weights behind it
             return site
         try:

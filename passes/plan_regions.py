@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dropfx.axis_rules import Axis
-from dropfx.graphs import op_name, value_of
+from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.prices import everything_prices, linear_products, region_prices
 from dropfx.regions import GEMMS, Region, RegionRefused, cut, grow, price
@@ -114,7 +114,8 @@ def sites_of(node: fx.Node) -> set[int]:
 def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:
     """FLOPs of the Linears' products, forward and backward: of the model, and around each site."""
     for node in graph.nodes:
-        if op_name(node) != "linear" or value_of(node) is None:
+        weight = value_of(argument(node, 1, "weight")) if op_name(node) == "linear" else None
+        if value_of(node) is None or weight is None or weight.dim() != 2:
             continue
         m, n, k, products = linear_products(node)
         keep_in, keep_out = _keeps(node, context, chosen)

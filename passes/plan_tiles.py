@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, clean_up, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.prices import linear_products, tiled_times
@@ -17,6 +17,7 @@ from dropfx.prices import linear_products, tiled_times
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
     """Fit the pattern to the weights behind each site; sites without gain get their reason."""
     if isinstance(context.options.pattern, Tile):
+        clean_up(module.graph)  # a Linear that nobody reads is no reader
         for index, site in enumerate(context.sites):
             if site.rewritten:
                 site.reason = _plan(index, site, context, context.options.pattern)

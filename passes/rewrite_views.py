@@ -1,4 +1,4 @@
-"""view(x, B, n) -> view(x', B, -1): a view of a compact value names the kept width, not the dense one."""
+"""view(x, B, n) -> view(x', B, width): a view of a compact value names the kept width, not the dense one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _rename(node: fx.Node, context: Context) -> bool:
         place = value.dim() + form.axis.dim - split % source.dim()
     if not 0 <= place < len(sizes) or sizes[place] == -1:
         return False
-    sizes[place] = -1 if -1 not in sizes else _width(node, form, context)
+    sizes[place] = _width(node, form, context)
     node.args = (*node.args[:first], tuple(sizes)) if nested else (*node.args[:first], *sizes)
     return True
 

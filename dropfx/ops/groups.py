@@ -32,7 +32,10 @@ class KeptAxis(NamedTuple):
     def ends(self, rows: int) -> list[int]:
         """Row at which each group ends."""
         assert self.starts is not None
-        return list(accumulate(size * (rows // max(self.leading, 1)) for size in sizes(self.leading, len(self.starts))))
+        each, rest = divmod(rows, self.leading) if self.leading else (0, rows)
+        if rest:
+            raise RuntimeError(f"groups: {rows} rows do not follow a leading axis of {self.leading}; use groups=1 here")
+        return list(accumulate(size * each for size in _sizes(self.leading, len(self.starts))))
 
     def runs(self, rows: int, row: int) -> Runs | None:
         """The runs kept in a row."""
@@ -52,10 +55,19 @@ class Piece(NamedTuple):
     runs: list[Runs | None]
 
 
-def sizes(leading: int, groups: int) -> list[int]:
+def _sizes(leading: int, groups: int) -> list[int]:
     """Leading positions of each group, as `torch.tensor_split` does it."""
     size, more = divmod(leading, groups)
     return [size + (group < more) for group in range(groups)]
+
+
+def by_row(values: Tensor, leading: int) -> Tensor:
+    """values [groups, *] of each leading position, [leading, *]; without a Python number, for compilers."""
+    size, more = leading // len(values), leading % len(values)
+    row = torch.arange(leading, device=values.device)
+    longer = more * (size + 1)
+    group = torch.where(row < longer, row // (size + 1), more + (row - longer) // torch.sym_max(size, 1))
+    return values.index_select(0, group)
 
 
 def pieces(rows: int, *axes: KeptAxis) -> list[Piece]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager, fresh
-from dropfx.ops.groups import KeptAxis, put_groups, sizes, take_groups
+from dropfx.ops.groups import KeptAxis, by_row, put_groups, take_groups
 
 
 def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
@@ -88,8 +88,7 @@ def scale_units(x: Tensor, scale: float | Tensor, dim: int) -> Tensor:
         return x * scale
     behind = [1] * (x.dim() - 1 - dim % x.dim())
     if scale.dim() == 2:
-        rows = torch.tensor(sizes(x.size(0), len(scale)), device=scale.device)
-        scale = scale.repeat_interleave(rows, dim=0, output_size=x.size(0))
+        scale = by_row(scale, x.size(0))
         between = [1] * (dim % x.dim() - 1)
         return x * scale.to(x.dtype).view(x.size(0), *between, scale.size(1), *behind)
     return x * scale.to(x.dtype).view(-1, *behind)

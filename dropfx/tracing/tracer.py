@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.nn.utils import parametrize
 from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
@@ -216,7 +217,7 @@ class Tracer(fx.Tracer):
             return "it has hooks" if "forward" not in original.__dict__ else "its instance has a forward of its own"
         if "_dropfx" in original.__dict__ and original.__dict__["_dropfx"].own:
             return "it was compiled on its own"
-        if cls in INLINED_MODULES:
+        if cls in INLINED_MODULES or (parametrize.is_parametrized(original) and cls.__mro__[1] in INLINED_MODULES):
             return None
         for base in INLINED_MODULES:
             if isinstance(module, base) and base not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):

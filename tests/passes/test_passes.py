@@ -190,9 +190,9 @@ def test_scale_stays_at_the_site_before_gelu() -> None:
 
 
 def test_view_of_a_compact_value_does_not_name_the_dense_width() -> None:
-    graph, _ = run(lambda m, x: m.second(F.dropout(m.first(x)).view(2, 4, 128)), *PLANNED, rewrite_views)
+    graph, context = run(lambda m, x: m.second(F.dropout(m.first(x)).view(2, 4, 128)), *PLANNED, rewrite_views)
     (view,) = [n for n in graph.nodes if n.target == "view"]
-    assert view.args[1:] == (2, 4, -1)
+    assert view.args[1:] == (2, 4, context.draws[0]["width"])
 
 
 def test_residual_add_takes_kept_units_alone() -> None:
