@@ -161,6 +161,8 @@ class State:
         lone = type(child) in DROPOUT_MODULES or (next(child.children(), None) is None and not _user_code(child))
         if "_dropfx" in child.__dict__ or lone or not may_drop(child) or not _swappable(child):
             return False
+        if parametrize.is_parametrized(child):  # its class is parametrize's, which edits it later
+            return False
         _swap(child, State(self.options, prefix, own=False))
         return True
 
