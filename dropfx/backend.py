@@ -71,8 +71,11 @@ def backend(
     draws = SiteDraws(context, [site.realisation for site in context.sites])
     names, examples = _bind(graph, context, draws)
     fakes = detect_fake_mode([n.meta.get("example_value") for n in module.graph.nodes])
-    inputs = [*example_inputs, *(_fake(f"{f}_{i}", v, fakes) for (i, f), v in zip(names, examples, strict=True))]
-    compiled = compile_inner(fx.GraphModule(module, graph), inputs)
+    inputs = [
+        _fake(f"{field}_{index}", value, checked.pattern.on_host and field != "lattice", fakes)
+        for (index, field), value in zip(names, examples, strict=True)
+    ]
+    compiled = compile_inner(fx.GraphModule(module, graph), [*example_inputs, *inputs])
 
     def run(*args: Any) -> Sequence[Any]:
         with runtime.outermost():
@@ -198,10 +201,10 @@ def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     graph.erase_node(node)
 
 
-def _fake(name: str, value: Tensor, mode: FakeTensorMode | None) -> Tensor:
-    """A draw as the inner compiler sees it: how many units are kept may vary."""
+def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -> Tensor:
+    """A draw as the inner compiler sees it; `varies`: by how many units it keeps."""
     if mode is None:
         return value
-    sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC]
+    sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC if varies else DimDynamic.STATIC]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))
