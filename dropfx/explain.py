@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from dropfx.compiler import State, _check_model, _restore, _swap, check_inputs
+from dropfx.compiled import State, swap, unswap
+from dropfx.compiler import check_inputs, check_model
 from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
 from dropfx.options import make_options
 from dropfx.pass_infra import Options, Site
@@ -142,11 +143,11 @@ def explain(
     Raises:
         InvalidModel (TypeError), InvalidOption (ValueError), InvalidInput (ValueError): as `dropfx.compile` does.
     """
-    _check_model(model)
+    check_model(model)
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     trial = training_copy(model)
-    _swap(trial, State(checked, quiet=True))
+    swap(trial, State(checked, quiet=True))
     args, named = copy_inputs((inputs, kwargs or {}))
     with torch.inference_mode(False), torch.enable_grad(), generators_kept(), numbers_of_their_own():
         try:
@@ -184,7 +185,7 @@ def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
         trial = copy.deepcopy(model, memo)
     except Exception as error:
         raise InvalidModel(f"model: it cannot be copied for a trial run: {error}") from error
-    _restore(trial)
+    unswap(trial)
     return trial.train()
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dropfx.compiler import State, _check_model, _swap, check_inputs
+from dropfx.compiled import State, swap
+from dropfx.compiler import check_inputs, check_model
 from dropfx.errors import InvalidInput, NotEquivalent
 from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.patterns import Tile
@@ -63,11 +64,11 @@ def assert_equivalent(
     Raises:
         NotEquivalent (AssertionError): names each tensor that differs and by how much.
     """
-    _check_model(model)
+    check_model(model)
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
-    _swap(compiled, State(checked, quiet=True))
+    swap(compiled, State(checked, quiet=True))
     with generators_kept():
         seed = torch.seed()
         with record() as masks, numbers_of_their_own():
