@@ -70,7 +70,7 @@ class FunctionalDropConnect(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, F.dropout(self.inner.weight, 0.5, self.training), self.inner.bias)
-        return self.outer(F.relu(h))
+        return self.outer(torch.tanh(h))
 
 
 class WeightDrop(nn.Module):
@@ -88,7 +88,7 @@ class WeightDrop(nn.Module):
 def parametrized() -> nn.Module:
     inner = nn.Linear(96, 130)
     parametrize.register_parametrization(inner, "weight", nn.Dropout(0.5))
-    return nn.Sequential(inner, nn.ReLU(), nn.Linear(130, 8))
+    return nn.Sequential(inner, nn.Tanh(), nn.Linear(130, 8))
 
 
 class Heads(nn.Module):
@@ -100,14 +100,15 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(130, n) for n in (64, 96, 10)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.drop(F.relu(self.inner(x)))
+        h = self.drop(torch.tanh(self.inner(x)))
         return torch.cat([head(h) for head in self.heads], dim=-1)
 
 
+# smooth: in bfloat16 a rounding either way moves a unit across the kink of a ReLU, and its gradient with it
 MODELS: dict[str, tuple[Any, dict[str, int]]] = {
-    "mlp": (lambda: mlp(96, 130, 67, 8), {"2": 1, "5": 2}),
+    "mlp": (lambda: mlp(96, 130, 67, 8, activation=nn.Tanh), {"2": 1, "5": 2}),
     "functional": (FunctionalDropConnect, {":dropout_1": 0}),
-    "weight_drop": (lambda: nn.Sequential(WeightDrop(nn.Linear(96, 64), 0.4), nn.ReLU()), {"0:dropout_1": 0}),
+    "weight_drop": (lambda: nn.Sequential(WeightDrop(nn.Linear(96, 64), 0.4), nn.Tanh()), {"0:dropout_1": 0}),
     "parametrized": (parametrized, {"0.parametrizations.weight.0": 0}),
     "heads": (Heads, {"drop[0]": 1, "drop[1]": 2, "drop[2]": 3}),
 }
@@ -157,10 +158,11 @@ def test_every_tile_is_kept_equally_often_and_no_column_shares_its_fate() -> Non
 
 def test_autocast_and_assert_equivalent() -> None:
     options = {"pattern": "tile", "min_speedup": 0}
+    torch.manual_seed(0)
     for build, _ in MODELS.values():
         dropfx.testing.assert_equivalent(build(), torch.randn(6, 96), options=options)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            dropfx.testing.assert_equivalent(build(), torch.randn(6, 96), options=options, rtol=0.05, atol=0.05)
+            dropfx.testing.assert_equivalent(build(), torch.randn(6, 96), options=options)
 
 
 def test_second_derivative() -> None:
