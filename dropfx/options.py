@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 from typing import Any
 
@@ -65,6 +66,7 @@ def _check_lowering(lowering: str) -> None:
         raise InvalidOption(f"lowering: got {lowering!r}, accepted are {', '.join(map(repr, LOWERINGS))}")
     if lowering != "triton":
         return
+    if importlib.util.find_spec("triton") is None:
+        raise LoweringUnavailable("lowering='triton': Triton is not installed (pip install 'triton>=3.6', Linux)")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise LoweringUnavailable("lowering='triton' needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
-    raise LoweringUnavailable("lowering='triton': this version has no Triton kernels yet, use 'auto' or 'aten'")

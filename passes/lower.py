@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from dropfx.ops import EAGER
@@ -9,12 +11,18 @@ from dropfx.pass_infra import Context, PassResult
 
 
 def lower(module: fx.GraphModule, context: Context) -> PassResult:
-    """Eager graphs call the ops' autograd functions, which dispatch faster; compilers keep the registered ops."""
-    if not context.eager:
-        return PassResult(module, False)
+    """Triton's ops where they are asked for.
+
+    Of the others eager graphs call the autograd functions, which dispatch faster; compilers keep the registered ops.
+    """
+    table: dict[Any, Any] = EAGER if context.eager else {}
+    if context.options.lowering == "triton":
+        from dropfx.ops.by_kernels import KERNELS  # imports Triton
+
+        table = {**table, **KERNELS}
     modified = False
     for node in module.graph.nodes:
-        if node.target in EAGER:
-            node.target = EAGER[node.target]
+        if node.target in table:
+            node.target = table[node.target]
             modified = True
     return PassResult(module, modified)

@@ -1,5 +1,10 @@
-"""One thread: the models of the tests are small, and threads waiting for each other take longer than the work."""
+"""Threads, and how kernels run where there is no GPU."""
+
+import os
 
 import torch
 
+# the models of the tests are small, and threads waiting for each other take longer than the work
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is decorated

@@ -29,6 +29,9 @@ def eager(op: Any, function: type[torch.autograd.Function]) -> None:
     EAGER[op] = call
 
 
+_EAGER = "compile with dropfx.compile(model), whose eager path has one"
+
+
 def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `reference`, whose annotations give the schema, as `dropfx::name`; returns the overload."""
     torch.library.custom_op(f"dropfx::{name}", reference, mutates_args=())
@@ -36,13 +39,13 @@ def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -
     return getattr(torch.ops.dropfx, name).default
 
 
-def first_derivative_only(op: Any) -> None:
+def first_derivative_only(
+    op: Any, instead: str = "compile with dropfx.compile(model), whose eager path has one"
+) -> None:
     """Let the second derivative through `op` fail by name and not by a missing formula."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise DoubleBackwardError(
-            f"{op} has no second derivative; compile with dropfx.compile(model), whose eager path has one"
-        )
+        raise DoubleBackwardError(f"{op} has no second derivative; {instead}")
 
     torch.library.register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
 

@@ -12,6 +12,7 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -217,16 +218,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, rows, cols)
 
 
-def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, rows, cols = ctx.saved_tensors
-    runs = rows, ctx.row_run, cols, ctx.col_run
-    grads = linear_backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
-    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
+def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The derivative by a registered op."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows, cols = ctx.saved_tensors
+        runs = rows, ctx.row_run, cols, ctx.col_run
+        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
+        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
+
+    return backward
 
 
-torch.library.register_autograd(linear_op, _linear_autograd, setup_context=_save)
-
-
+torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_context=_save)
 autocast("linear")
 
 

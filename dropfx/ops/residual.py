@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from dropfx.ops.runs import Runs, take
 from dropfx.ops.units import take_op
 
 
-def _dense_shape(y: Tensor, dim: int, units: int) -> list[int]:
+def dense_shape(y: Tensor, dim: int, units: int) -> list[int]:
+    """y's shape with all `units` on axis `dim`."""
     return [units if d == dim % y.dim() else s for d, s in enumerate(y.shape)]
 
 
@@ -24,7 +26,7 @@ def _residual_add(
     base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
 ) -> Tensor:
     """dim counts from the end (negative), so that it names the same axis of both."""
-    shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
+    shape = torch.broadcast_shapes(base.shape, torch.Size(dense_shape(y, dim, units)))
     kept = KeptAxis(starts, run, leading)
     dense = base.to(torch.result_type(base, y)).expand(shape)
     shared = Runs(starts, run)
@@ -41,7 +43,7 @@ def _residual_add(
 def _fake(
     base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
 ) -> Tensor:
-    shape = torch.broadcast_shapes(base.shape, torch.Size(_dense_shape(y, dim, units)))
+    shape = torch.broadcast_shapes(base.shape, torch.Size(dense_shape(y, dim, units)))
     return base.new_empty(shape, dtype=torch.result_type(base, y))
 
 
@@ -55,16 +57,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(starts)
 
 
-def _backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
-    (starts,) = ctx.saved_tensors
-    base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
-    y = None
-    if ctx.mask[1]:
-        y = (take_units(grad, starts, ctx.run, ctx.dim, ctx.leading) * ctx.alpha).sum_to_size(ctx.y[0]).to(ctx.y[1])
-    return base, y, *[None] * 6
+def formula(take_units: Any) -> Callable[..., tuple[Any, ...]]:
+    """The derivative by a take."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (starts,) = ctx.saved_tensors
+        base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
+        y = None
+        if ctx.mask[1]:
+            taken = take_units(grad, starts, ctx.run, ctx.dim, ctx.leading) * ctx.alpha
+            y = taken.sum_to_size(ctx.y[0]).to(ctx.y[1])
+        return base, y, *[None] * 6
+
+    return backward
 
 
-torch.library.register_autograd(residual_add_op, lambda ctx, grad: _backward(ctx, grad, take_op), setup_context=_save)
+torch.library.register_autograd(residual_add_op, formula(take_op), setup_context=_save)
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -87,7 +95,7 @@ class _ResidualAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _backward(ctx, grad, EAGER[take_op])
+        return formula(EAGER[take_op])(ctx, grad)
 
 
 eager(residual_add_op, _ResidualAdd)

@@ -11,7 +11,7 @@ Shapes: x [*, K], W [N, K], b [N], y [*, N], lattice int64 [2] on the CPU (perio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -213,14 +213,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, lattice)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lattice = ctx.saved_tensors
-    shape = ctx.tile_rows, ctx.tile_cols
-    grads = tiled_linear_backward_op(grad, x, weight, *shape, lattice, ctx.scale, ctx.mask)
-    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 4
+def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The derivative by a registered op."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lattice = ctx.saved_tensors
+        shape = ctx.tile_rows, ctx.tile_cols
+        grads = backward_op(grad, x, weight, *shape, lattice, ctx.scale, ctx.mask)
+        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 4
+
+    return backward
 
 
-torch.library.register_autograd(tiled_linear_op, _autograd, setup_context=_save)
+torch.library.register_autograd(tiled_linear_op, formula(tiled_linear_backward_op), setup_context=_save)
 
 
 class _TiledLinear(torch.autograd.Function):

@@ -5,6 +5,7 @@ Each is the other's derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,16 @@ def _resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.new_empty([size if d == dim % x.dim() else s for d, s in enumerate(x.shape)])
 
 
-take_op = define("take", _take, lambda x, starts, run, dim, leading=0: _resized(x, dim, starts.size(-1) * run))
-put_op = define("put", _put, lambda y, starts, run, dim, units, leading=0: _resized(y, dim, units))
+def _take_fake(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+    return _resized(x, dim, starts.size(-1) * run)
+
+
+def _put_fake(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+    return _resized(y, dim, units)
+
+
+take_op = define("take", _take, _take_fake)
+put_op = define("put", _put, _put_fake)
 
 
 def _save_take(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -41,16 +50,21 @@ def _save_put(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(starts)
 
 
-def _take_backward(ctx: Any, grad: Tensor, put_units: Any) -> tuple[Any, ...]:
-    return put_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units, ctx.leading), *[None] * 4
+def take_formula(put_units: Any) -> Callable[..., tuple[Any, ...]]:
+    """The derivative of a take by a put."""
+    return lambda ctx, grad: (
+        put_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units, ctx.leading),
+        *[None] * 4,
+    )
 
 
-def _put_backward(ctx: Any, grad: Tensor, take_units: Any) -> tuple[Any, ...]:
-    return take_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.leading), *[None] * 5
+def put_formula(take_units: Any) -> Callable[..., tuple[Any, ...]]:
+    """The derivative of a put by a take."""
+    return lambda ctx, grad: (take_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.leading), *[None] * 5)
 
 
-torch.library.register_autograd(take_op, lambda ctx, grad: _take_backward(ctx, grad, put_op), setup_context=_save_take)
-torch.library.register_autograd(put_op, lambda ctx, grad: _put_backward(ctx, grad, take_op), setup_context=_save_put)
+torch.library.register_autograd(take_op, take_formula(put_op), setup_context=_save_take)
+torch.library.register_autograd(put_op, put_formula(take_op), setup_context=_save_put)
 
 
 class _Take(torch.autograd.Function):
@@ -61,7 +75,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _take_backward(ctx, grad, EAGER[put_op])
+        return take_formula(EAGER[put_op])(ctx, grad)
 
 
 class _Put(torch.autograd.Function):
@@ -72,7 +86,7 @@ class _Put(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _put_backward(ctx, grad, EAGER[take_op])
+        return put_formula(EAGER[take_op])(ctx, grad)
 
 
 eager(take_op, _Take)

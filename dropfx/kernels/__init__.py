@@ -1,0 +1,23 @@
+"""Triton kernels of the gathered ops: the gather happens in the product's loop, no compact weight is ever written.
+
+Each launcher takes tensors on a GPU, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from dropfx.kernels.axes import Axis
+from dropfx.kernels.epilogue import ACTIVATIONS
+from dropfx.kernels.matmul import gathered_matmul
+from dropfx.kernels.tiles import tiled_matmul, tiled_weight_gradient
+from dropfx.kernels.units import put_units, take_units
+from dropfx.kernels.weight_gradient import bias_gradient, weight_gradient
+
+__all__ = [
+    "ACTIVATIONS",
+    "Axis",
+    "bias_gradient",
+    "gathered_matmul",
+    "put_units",
+    "take_units",
+    "tiled_matmul",
+    "tiled_weight_gradient",
+    "weight_gradient",
+]

@@ -1,0 +1,247 @@
+"""dW [rows, cols] = scale * dy^T [N', M] @ x [M, K'], exact zeros elsewhere; db [rows] = sum over M of dy.
+
+One pass writes all of dW. Without groups the tiles lie over the units in the order (kept, dropped): whole tiles of
+dropped units skip the product and store zeros, and no tile mixes more than at one seam. With groups a unit is dropped
+in some chunks of rows only, so tiles lie over the units themselves and skip the groups that keep nothing of them.
+
+Legend: M rows of the batch; N x K the weight, N' and K' its kept rows and columns.
+Limits: 2 * N' * K' * M operations, and N * K items to store, which bounds it for batches of less than some 200 rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dropfx.kernels.addressing import group_rows, swizzled
+from dropfx.kernels.axes import Axis
+from dropfx.kernels.configs import config_for, precision, upcast
+
+
+@triton.jit
+def _rank_update(
+    acc,
+    dy,
+    x,
+    n,  # position of each row of the tile, -1: none
+    k,  # position of each column, -1: none
+    low,
+    high,
+    dy_row,
+    dy_unit,
+    x_row,
+    x_unit,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """acc [n, k] + dy[low:high, n]^T @ x[low:high, k]"""
+    dy_units = dy + tl.maximum(n, 0).to(tl.int64)[:, None] * dy_unit
+    x_units = x + tl.maximum(k, 0).to(tl.int64)[None, :] * x_unit
+    for first in range(low, high, BLOCK_M):
+        m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        left = tl.load(dy_units + m[None, :] * dy_row, mask=(n >= 0)[:, None] & (m < high)[None, :], other=0)
+        right = tl.load(x_units + m[:, None] * x_row, mask=(m < high)[:, None] & (k >= 0)[None, :], other=0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "kept_n", "kept_k", "units_n", "units_k"])
+def _shared(
+    dy,  # [M, N']
+    x,  # [M, K']
+    dw,  # [N, K], contiguous
+    order_n,  # int32 [N]: units in the order (kept, dropped)
+    order_k,
+    rows,
+    kept_n,
+    kept_k,
+    units_n,
+    units_k,
+    dy_row,
+    dy_unit,
+    x_row,
+    x_unit,
+    scale,
+    ORDERED_N: tl.constexpr,
+    ORDERED_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tile_n, tile_k = swizzled(tl.program_id(0), tl.cdiv(units_n, BLOCK_N), tl.cdiv(units_k, BLOCK_K), 8)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    some = (tile_n * BLOCK_N < kept_n) & (tile_k * BLOCK_K < kept_k)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    acc = _rank_update(
+        acc,
+        dy,
+        x,
+        tl.where(n < kept_n, n, -1),
+        tl.where(k < kept_k, k, -1),
+        0,
+        tl.where(some, rows, 0),
+        dy_row,
+        dy_unit,
+        x_row,
+        x_unit,
+        PRECISION,
+        UPCAST,
+        BLOCK_M,
+    )
+    unit_n, unit_k = n, k
+    if ORDERED_N:
+        unit_n = tl.load(order_n + n, mask=n < units_n, other=0)
+    if ORDERED_K:
+        unit_k = tl.load(order_k + k, mask=k < units_k, other=0)
+    place = dw + unit_n.to(tl.int64)[:, None] * units_k + unit_k[None, :]
+    tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=(n < units_n)[:, None] & (k < units_k)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "units_n", "units_k", "leading", "groups"])
+def _grouped(
+    dy,  # [M, N']
+    x,  # [M, K']
+    dw,  # [N, K], contiguous
+    inverse_n,  # int32 [groups, N]: position of a unit, -1 where it is dropped
+    inverse_k,
+    rows,
+    units_n,
+    units_k,
+    leading,
+    groups,
+    inverse_n_group,
+    inverse_k_group,
+    dy_row,
+    dy_unit,
+    x_row,
+    x_unit,
+    scale,
+    GATHERED_N: tl.constexpr,
+    GATHERED_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tile_n, tile_k = swizzled(tl.program_id(0), tl.cdiv(units_n, BLOCK_N), tl.cdiv(units_k, BLOCK_K), 8)
+    unit_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    unit_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for group in range(groups):
+        n = tl.where(unit_n < units_n, unit_n, -1)
+        k = tl.where(unit_k < units_k, unit_k, -1)
+        if GATHERED_N:
+            n = tl.load(inverse_n + group * inverse_n_group + unit_n, mask=unit_n < units_n, other=-1)
+        if GATHERED_K:
+            k = tl.load(inverse_k + group * inverse_k_group + unit_k, mask=unit_k < units_k, other=-1)
+        some = (tl.max(n, 0) >= 0) & (tl.max(k, 0) >= 0)
+        low, high = group_rows(group, rows, leading, groups)
+        high = tl.where(some, high, low)
+        acc = _rank_update(acc, dy, x, n, k, low, high, dy_row, dy_unit, x_row, x_unit, PRECISION, UPCAST, BLOCK_M)
+    place = dw + unit_n.to(tl.int64)[:, None] * units_k + unit_k[None, :]
+    inside = (unit_n < units_n)[:, None] & (unit_k < units_k)[None, :]
+    tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=inside)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float = 1.0, leading: int = 1) -> Tensor:
+    """scale * dy^T @ x at the kept rows and columns of the weight, exact zeros elsewhere.
+
+    Args:
+        dy: [M, rows.width], any strides.
+        x: [M, cols.width], any strides, of dy's dtype.
+        leading: length of the leading axis that groups divide; divides M.
+
+    Returns: [rows.units, cols.units], contiguous. Ragged blocks are not served: their padding would have to be added.
+    """
+    assert not rows.ragged
+    assert not cols.ragged
+    dw = dy.new_empty(rows.units, cols.units)
+    if not dw.numel():
+        return dw
+    groups = max(rows.groups, cols.groups)
+    config = config_for(rows.units, cols.units, dy.dtype, small=groups > 1)
+    grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
+    compiled = {
+        "PRECISION": precision(dy.dtype),
+        "UPCAST": upcast(dy.dtype),
+        "BLOCK_N": config.m,
+        "BLOCK_K": config.n,
+        "BLOCK_M": config.r,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    if groups == 1:
+        orders = (axis.order() if axis.starts is not None else dw for axis in (rows, cols))
+        _shared[grid](
+            *(dy, x, dw, *orders, len(dy), rows.width, cols.width, rows.units, cols.units),
+            *(*dy.stride(), *x.stride(), scale),
+            ORDERED_N=rows.starts is not None,
+            ORDERED_K=cols.starts is not None,
+            **compiled,
+        )
+        return dw
+    inverses = [axis.inverse() if axis.starts is not None else dw for axis in (rows, cols)]
+    steps = (axis.units if axis.groups > 1 else 0 for axis in (rows, cols))
+    _grouped[grid](
+        *(dy, x, dw, *inverses, len(dy), rows.units, cols.units, leading, groups, *steps),
+        *(*dy.stride(), *x.stride(), scale),
+        GATHERED_N=rows.starts is not None,
+        GATHERED_K=cols.starts is not None,
+        **compiled,
+    )
+    return dw
+
+
+@triton.jit(do_not_specialize=["rows", "units", "leading", "groups"])
+def _bias(
+    dy,  # [M, N']
+    db,  # [N]
+    inverse,  # int32 [groups, N]
+    rows,
+    units,
+    leading,
+    groups,
+    inverse_group,
+    dy_row,
+    dy_unit,
+    GATHERED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    unit = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for group in range(groups):
+        n = tl.where(unit < units, unit, -1)
+        if GATHERED:
+            n = tl.load(inverse + group * inverse_group + unit, mask=unit < units, other=-1)
+        low, high = group_rows(group, rows, leading, groups)
+        columns = dy + tl.maximum(n, 0).to(tl.int64)[None, :] * dy_unit
+        for first in range(low, high, BLOCK_M):
+            m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+            part = tl.load(columns + m[:, None] * dy_row, mask=(m < high)[:, None] & (n >= 0)[None, :], other=0)
+            acc += tl.sum(part.to(tl.float32), 0)
+    tl.store(db + unit, acc.to(db.dtype.element_ty), mask=unit < units)
+
+
+def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
+    """Sum over the batch of dy [M, rows.width] at the kept units, zeros elsewhere: [rows.units]."""
+    assert not rows.ragged
+    db = dy.new_empty(rows.units)
+    if rows.units:
+        config = config_for(rows.units, 1, dy.dtype)
+        _bias[(triton.cdiv(rows.units, config.n),)](
+            *(dy, db, db if rows.starts is None else rows.inverse(), len(dy), rows.units, leading, rows.groups),
+            *(rows.units if rows.groups > 1 else 0, *dy.stride()),
+            GATHERED=rows.starts is not None,
+            BLOCK_N=config.n,
+            BLOCK_M=config.r,
+        )
+    return db

@@ -1,0 +1,209 @@
+"""The gathered ops by Triton kernels: `dropfx::linear_triton` and so on, with the arguments and meaning of their twins.
+
+What the kernels do not serve (float64, tensors elsewhere, ragged blocks where values are put back, groups that differ
+by axis) goes to the twin's own reference. Imported when first asked for, since it imports Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropfx import kernels
+from dropfx.kernels import Axis
+from dropfx.ops import linear, residual, tiles
+from dropfx.ops import units as unit_ops
+from dropfx.ops.define import autocast, define, first_derivative_only
+from dropfx.ops.groups import KeptAxis
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the kernels multiply, with sums in float32."""
+
+KERNELS: dict[Any, Any] = {}
+"""Gathered op -> its twin."""
+
+
+def _served(*tensors: Tensor) -> bool:
+    first = tensors[0]
+    return first.dtype in DTYPES and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+
+
+def _leading(rows: int, *axes: KeptAxis) -> int | None:
+    """The leading axis that all groups divide, 1 without groups; None where they are not the same."""
+    grouped = [axis for axis in axes if axis.grouped]
+    if not grouped:
+        return 1
+    if any(axis.ends(rows) != grouped[0].ends(rows) for axis in grouped[1:]):
+        return None
+    return max(grouped[0].leading, 1)
+
+
+# -- linear ---------------------------------------------------------------------------------------------------------
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+    row_leading: int = 0,
+    col_leading: int = 0,
+) -> Tensor:
+    flat = x.reshape(-1, x.size(-1))
+    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
+    leading = _leading(len(flat), *given)
+    outs, sums = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
+    if leading is None or not _served(x, weight, *([] if bias is None else [bias])):
+        return linear._linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading)
+    if x.size(-1) != sums.width:
+        raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {sums.width}")
+    bias = None if bias is None else bias.contiguous()
+    out = kernels.gathered_matmul(flat, weight, outs, sums, bias=bias, scale=scale, leading=leading)
+    return out.view(*x.shape[:-1], outs.width)
+
+
+def _linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+    mask: list[bool],
+    row_leading: int = 0,
+    col_leading: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy, flat = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
+    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
+    leading = _leading(len(dy), *given)
+    n, k = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
+    if leading is None or n.ragged or k.ragged or not _served(grad, x, weight):
+        return linear._linear_backward(
+            grad, x, weight, rows, row_run, cols, col_run, scale, mask, row_leading, col_leading
+        )
+    dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if mask[0]:
+        dx = kernels.gathered_matmul(dy, weight.t(), k, n, scale=scale, leading=leading).view(x.shape)
+    if mask[1]:
+        dw = kernels.weight_gradient(dy, flat, n, k, scale, leading)
+    if mask[2]:
+        db = kernels.bias_gradient(dy, n, leading)
+    return dx, dw, db
+
+
+# -- tiled linear -----------------------------------------------------------------------------------------------------
+
+
+def _tiled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile_rows: int,
+    tile_cols: int,
+    lattice: Tensor,
+    scale: float,
+) -> Tensor:
+    if not _served(x, weight, *([] if bias is None else [bias])):
+        return tiles._tiled_linear(x, weight, bias, tile_rows, tile_cols, lattice, scale)
+    flat = x.reshape(-1, x.size(-1))
+    if weight.size(1) != x.size(-1):
+        raise RuntimeError(f"tiled linear: input has {x.size(-1)} features, the weight {weight.size(1)}")
+    bias = None if bias is None else bias.contiguous()
+    period, offset = lattice.tolist()
+    out = kernels.tiled_matmul(flat, weight, (tile_rows, tile_cols), period, offset, bias=bias, scale=scale)
+    return out.view(*x.shape[:-1], weight.size(0))
+
+
+def _tiled_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    tile_rows: int,
+    tile_cols: int,
+    lattice: Tensor,
+    scale: float,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _served(grad, x, weight):
+        return tiles._tiled_linear_backward(grad, x, weight, tile_rows, tile_cols, lattice, scale, mask)
+    dy, flat = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
+    period, offset = lattice.tolist()
+    dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if mask[0]:
+        dx = kernels.tiled_matmul(dy, weight.t(), (tile_cols, tile_rows), period, offset, scale=scale).view(x.shape)
+    if mask[1]:
+        dw = kernels.tiled_weight_gradient(dy, flat, (tile_rows, tile_cols), period, offset, scale)
+    if mask[2]:
+        db = kernels.bias_gradient(dy, Axis(None, 0, weight.size(0)))
+    return dx, dw, db
+
+
+# -- units ------------------------------------------------------------------------------------------------------------
+
+
+def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+    if not _served(x):
+        return unit_ops._take(x, starts, run, dim, leading)
+    return kernels.take_units(x, dim, Axis(starts, run, x.size(dim)), _leading_of(x, dim, starts, run, leading))
+
+
+def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+    kept = Axis(starts, run, units)
+    if kept.ragged or not _served(y):
+        return unit_ops._put(y, starts, run, dim, units, leading)
+    return kernels.put_units(y, dim, kept, _leading_of(y, dim, starts, run, leading))
+
+
+def _residual_add(
+    base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
+) -> Tensor:
+    kept = Axis(starts, run, units)
+    shape = torch.Size(residual.dense_shape(y, dim, units))
+    # a base with axes of its own would have y read several times
+    if kept.ragged or not _served(base, y) or torch.broadcast_shapes(base.shape, shape) != shape:
+        return residual._residual_add(base, y, starts, run, dim, units, alpha, leading)
+    return kernels.put_units(y, dim, kept, _leading_of(y, dim, starts, run, leading), base.expand(shape), alpha)
+
+
+def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> int:
+    return _leading(math.prod(x.shape[: dim % x.dim()]), KeptAxis(starts, run, leading)) or 1
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+
+def _twin(op: Any, forward: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    KERNELS[op] = define(f"{op.name().partition('::')[2]}_triton", forward, fake)
+    return KERNELS[op]
+
+
+_linear_op = _twin(linear.linear_op, _linear, linear._linear_fake)
+_linear_backward_op = define("linear_backward_triton", _linear_backward, linear._linear_backward_fake)
+_tiled_op = _twin(tiles.tiled_linear_op, _tiled_linear, tiles._tiled_linear_fake)
+_tiled_backward_op = define("tiled_linear_backward_triton", _tiled_linear_backward, tiles._tiled_linear_backward_fake)
+_take_op = _twin(unit_ops.take_op, _take, unit_ops._take_fake)
+_put_op = _twin(unit_ops.put_op, _put, unit_ops._put_fake)
+_residual_op = _twin(residual.residual_add_op, _residual_add, residual._fake)
+
+for _op in (_linear_backward_op, _tiled_backward_op):
+    first_derivative_only(_op, "compile with lowering='aten', whose eager path has one")
+for _name in ("linear_triton", "tiled_linear_triton"):
+    autocast(_name)
+for _op, _save, _formula in (
+    (_linear_op, linear._save, linear.formula(_linear_backward_op)),
+    (_tiled_op, tiles._save, tiles.formula(_tiled_backward_op)),
+    (_take_op, unit_ops._save_take, unit_ops.take_formula(_put_op)),
+    (_put_op, unit_ops._save_put, unit_ops.put_formula(_take_op)),
+    (_residual_op, residual._save, residual.formula(_take_op)),
+):
+    torch.library.register_autograd(_op, _formula, setup_context=_save)

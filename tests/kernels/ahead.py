@@ -1,0 +1,128 @@
+"""Compiles every kernel ahead of time, as its launcher would launch it, and prints what came of it as JSON.
+
+`python ahead.py ARCH...`: a process of its own, since Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dropfx import kernels
+from dropfx.kernels import Axis
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Launches:
+    """Takes the place of launching: keeps what was asked for."""
+
+    def __init__(self) -> None:
+        self.sources: list[tuple[ASTSource, dict[str, int]]] = []
+
+    def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        for index, parameter in enumerate(kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[name] = "i32"
+                if value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32"
+        self.sources.append((ASTSource(kernel, signature, constants, attributes), options))
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """One launch of each kernel and kind of addressing."""
+    rows, units, run = 8192, 8192, 64
+    x, w = (torch.empty(rows, units, dtype=dtype, device="meta") for _ in range(2))
+    bias = torch.empty(units, dtype=dtype, device="meta")
+    dense = Axis(None, 0, units)
+    blocks = Axis(torch.empty(units // run // 2, dtype=torch.int64, device="meta"), run, units)
+    half = x[:, : units // 2].contiguous()
+    kernels.gathered_matmul(half, w, dense, blocks, bias=bias, scale=2.0, activation="gelu")
+    kernels.gathered_matmul(x, w.t(), blocks, dense)
+    kernels.gathered_matmul(half, w, blocks, blocks)
+    grouped = blocks._replace(starts=torch.empty(64, units // run // 2, dtype=torch.int64, device="meta"))
+    kernels.gathered_matmul(half, w, dense, grouped, leading=rows)
+    window = Axis(torch.empty(1, dtype=torch.int64, device="meta"), units // 2, units)
+    kernels.gathered_matmul(half, w, dense, window)
+    kernels.weight_gradient(x, half, dense, blocks)
+    kernels.weight_gradient(x, half, dense, grouped, leading=rows)
+    kernels.bias_gradient(half, blocks)
+    kernels.take_units(x, -1, blocks)
+    kernels.put_units(half, -1, blocks, base=x)
+    kernels.tiled_matmul(x, w, (32, 32), 2, 1, bias=bias)
+    kernels.tiled_matmul(x, w.t(), (32, 32), 2, 1)
+    kernels.tiled_weight_gradient(x, x, (32, 32), 2, 1)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump -res-usage` says of the one kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", printed)}
+
+
+def main() -> None:
+    launches = Launches()
+    JITFunction.run = lambda self, *args, **kwargs: launches.run(self, *args, **kwargs)
+    found = []
+    dtypes = [TYPES_BY_NAME[name] for name in sys.argv[1].split(",")]
+    for dtype in dtypes:
+        launches.sources.clear()
+        launch_all(dtype)
+        for number, (source, options) in enumerate(launches.sources):
+            for arch in map(int, sys.argv[2].split(",")):
+                made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                found.append(
+                    {
+                        "kernel": f"{source.fn.__module__.rpartition('.')[2]}.{source.name} {number}",
+                        "dtype": TYPES[dtype],
+                        "arch": arch,
+                        "matrix": sorted(
+                            set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", made.asm["ptx"]))
+                        ),
+                        **resources(made.asm["cubin"]),
+                    }
+                )
+    json.dump(found, sys.stdout)
+
+
+TYPES_BY_NAME = {name: dtype for dtype, name in TYPES.items()}
+
+if __name__ == "__main__":
+    main()
