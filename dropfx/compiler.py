@@ -47,7 +47,8 @@ def compile(
             behind a dropout (structured DropConnect) in place of units, and of weights that the model itself drops.
         block: units in a block, or "auto".
         groups: draws a batch, one for each of so many contiguous chunks of the leading axis; 1 shares one draw.
-        lowering: "auto", "aten" or "triton".
+        lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
+            in Triton's interpreter; "auto" takes what is known to be faster, today "aten".
         min_speedup: predicted speed-up from which a site is rewritten; 0 rewrites all that can be.
         example_inputs: inputs of a training call, to trace at once; else the first training call traces.
         example_kwargs: keyword inputs of that call.
