@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import define, eager, first_derivative_only
+from dropfx.ops.define import define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.runs import Runs, put, take
 
@@ -92,7 +92,7 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0
     ) -> Tensor:
-        out = _embedding(ids, weight, cols, run, padding_idx, leading)
+        out = whole(_embedding(ids, weight, cols, run, padding_idx, leading))
         _save(ctx, (ids, weight, cols, run, padding_idx, leading), out)
         return out
 

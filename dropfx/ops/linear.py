@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import autocast, define, eager, first_derivative_only
+from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, take
@@ -250,11 +250,11 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         if len(parts) > 1:
-            return _product(x, weight, bias, parts, scale)
+            return whole(_product(x, weight, bias, parts, scale))
         compact = parts[0].kept.take(weight)
         # one kept weight serves the input gradient too; of several groups they would add up
         ctx.compact = compact if wants_x else None
-        return _forward(x, compact, bias, parts[0].kept, scale)
+        return whole(_forward(x, compact, bias, parts[0].kept, scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

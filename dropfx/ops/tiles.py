@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, autocast, define, first_derivative_only
+from dropfx.ops.define import EAGER, autocast, define, first_derivative_only, whole
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, Runs, take
 
@@ -241,7 +241,7 @@ class _TiledLinear(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.weights = weights if wants_x else None
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return _forward(x, weights, bias, tiles, scale)
+        return whole(_forward(x, weights, bias, tiles, scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, define, eager, fresh
+from dropfx.ops.define import EAGER, define, eager, fresh, whole
 from dropfx.ops.groups import KeptAxis, by_row, put_groups, take_groups
 
 
@@ -68,7 +68,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
         _save_put(ctx, (y, starts, run, dim, units, leading), y)
-        return _put(y, starts, run, dim, units, leading)
+        return whole(_put(y, starts, run, dim, units, leading))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
