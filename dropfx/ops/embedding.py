@@ -20,7 +20,7 @@ def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx:
     parts = pieces(len(flat), KeptAxis(cols, run, leading))
     found = [_look_up(flat[p.low : p.high], weight, p.runs[0]) for p in parts]
     out = found[0] if len(found) == 1 else torch.cat(found)
-    return out.view(*ids.shape, out.size(1))
+    return whole(out.view(*ids.shape, out.size(1)))
 
 
 def _look_up(ids: Tensor, weight: Tensor, kept: Runs | None) -> Tensor:
@@ -92,7 +92,7 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0
     ) -> Tensor:
-        out = whole(_embedding(ids, weight, cols, run, padding_idx, leading))
+        out = _embedding(ids, weight, cols, run, padding_idx, leading)
         _save(ctx, (ids, weight, cols, run, padding_idx, leading), out)
         return out
 

@@ -30,7 +30,7 @@ def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, 
     if x.size(-1) != compact.size(1):
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
     kept_bias = bias if bias is None or kept.rows is None else take(bias, 0, kept.rows)
-    return scaled_linear(x, compact, kept_bias, scale)
+    return whole(scaled_linear(x, compact, kept_bias, scale))
 
 
 def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
@@ -107,7 +107,7 @@ def _rows(x: Tensor) -> int:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
     found = [_forward(flat[low:high], kept.take(weight), bias, kept, scale) for low, high, kept in parts]
-    return torch.cat(found).view(*x.shape[:-1], found[0].size(1))
+    return whole(torch.cat(found).view(*x.shape[:-1], found[0].size(1)))
 
 
 def _gradients(
@@ -250,11 +250,11 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         if len(parts) > 1:
-            return whole(_product(x, weight, bias, parts, scale))
+            return _product(x, weight, bias, parts, scale)
         compact = parts[0].kept.take(weight)
         # one kept weight serves the input gradient too; of several groups they would add up
         ctx.compact = compact if wants_x else None
-        return whole(_forward(x, compact, bias, parts[0].kept, scale))
+        return _forward(x, compact, bias, parts[0].kept, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -99,7 +99,7 @@ def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tiles: _Tile
         for (rows, cols, _), weight in zip(tiles.parts, weights, strict=True)
     ]
     out = _restored(parts, parts[0][1] if parts else flat, tiles.rows)
-    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], tiles.n)
+    return whole((out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], tiles.n))
 
 
 def _gradients(
@@ -241,7 +241,7 @@ class _TiledLinear(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.weights = weights if wants_x else None
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        return whole(_forward(x, weights, bias, tiles, scale))
+        return _forward(x, weights, bias, tiles, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

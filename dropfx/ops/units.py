@@ -19,7 +19,7 @@ def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Te
 
 
 def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
-    return put_groups(y, dim, KeptAxis(starts, run, leading), units)
+    return whole(put_groups(y, dim, KeptAxis(starts, run, leading), units))
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:
@@ -68,7 +68,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
         _save_put(ctx, (y, starts, run, dim, units, leading), y)
-        return whole(_put(y, starts, run, dim, units, leading))
+        return _put(y, starts, run, dim, units, leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
