@@ -95,6 +95,8 @@ def shard_linears(model: nn.Module) -> nn.Module:
 def linears_with_shards_of_their_own() -> None:
     """Their hooks must run, so that they stay calls: nothing around them is rewritten, and nothing is wrong."""
     original, model = make(), shard_linears(compiled(make()))
+    assert not forward_backward(model, batch())[2]
+    model.zero_grad()
     for part in (*original.modules(), *model.modules()):
         if isinstance(part, nn.Dropout):
             part.p = 0.0
