@@ -119,6 +119,7 @@ class State:
         for path, reason in made.leaves.items():
             if reason:
                 self._adopt(module.get_submodule(path), f"{self.prefix}{path}.")
+        made.note_classes(module)
         self.cache.setdefault(key, []).insert(0, made)
         while sum(map(len, self.cache.values())) > _CAPACITY:
             oldest = next(iter(self.cache))

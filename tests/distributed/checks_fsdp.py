@@ -54,7 +54,10 @@ def compiled_then_sharded() -> None:
         model = shard(compiled(make()))
         assert isinstance(model, FSDPModule)
         assert isinstance(model, Net)
+        forward_backward(model, batch())
+        traces = dropfx.compiler.trace_count()
         train(make(), model)
+        assert dropfx.compiler.trace_count() == traces
 
 
 @checks
