@@ -27,6 +27,7 @@ from dropfx.options import make_options
 from dropfx.pass_infra import Context, Options, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.runtime import numbers_of_their_own, runtime
+from dropfx.sharding import is_distributed
 from dropfx.site_draws import SiteDraws
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
 
@@ -78,6 +79,9 @@ def backend(
     compiled = compile_inner(fx.GraphModule(module, graph), [*example_inputs, *inputs])
 
     def run(*args: Any) -> Sequence[Any]:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
+            return compiled(*args, *inputs)[:results]
         with runtime.outermost():
             drawn = draws.draw()
             outputs = compiled(*args, *(getattr(drawn[index], field) for index, field in names))
@@ -116,12 +120,14 @@ def _results(graph: fx.Graph) -> Sequence[Any]:
 
 
 def _prepare(captured: fx.Graph, graph: fx.Graph) -> bool:
-    """Give the copied nodes `val` and `site`; False where no dropout is active."""
+    """Give the copied nodes `val` and `site`; False where no dropout is active, or none may be rewritten."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     calls: Counter[str] = Counter()
     dropouts = 0
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
         value = source.meta.get("example_value")
+        if any(map(is_distributed, pytree.tree_leaves(value))):
+            return False  # tensor-parallel: its ranks work on one result, and must drop alike
         node.meta["val"] = pytree.tree_map(lambda leaf: _concrete(leaf, mode), value)
         if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
             dropouts += 1

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from dropfx.errors import NoDropoutWarning, PassError
 from dropfx.pass_infra import Options
 from dropfx.runtime import runtime
+from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
 from dropfx.sites import DROPOUT_MODULES, may_drop
 from dropfx.specialise import Specialisation, key_of
 from dropfx.tracing import TraceRefused
@@ -81,6 +82,8 @@ class State:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         found = self.find((spec, *key), tensors)
         if found is None:
+            if tensor_parallel(module):
+                return self._left_alone(module, args, kwargs)
             try:
                 found = self.specialise(module, args, kwargs, (spec, *key))
             except TraceRefused as refusal:
@@ -116,6 +119,7 @@ class State:
         for path, reason in made.leaves.items():
             if reason:
                 self._adopt(module.get_submodule(path), f"{self.prefix}{path}.")
+        made.note_classes(module)
         self.cache.setdefault(key, []).insert(0, made)
         while sum(map(len, self.cache.values())) > _CAPACITY:
             oldest = next(iter(self.cache))
@@ -138,7 +142,17 @@ class State:
 
     def _as_written(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.opaque:
+            if tensor_parallel(module, (args, kwargs)):
+                return self._left_alone(module, args, kwargs)
             self._adopt_children(module, self.prefix)
+        return _original_forward(module, args, kwargs)
+
+    def _left_alone(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """No part of a tensor-parallel model is compiled, whatever the part's own tensors are."""
+        self.opaque = TENSOR_PARALLEL
+        self.cache.clear()
+        for child in module.children():
+            unswap(child, adopted=True)
         return _original_forward(module, args, kwargs)
 
     def _adopt_children(self, module: nn.Module, prefix: str) -> list[nn.Module]:
@@ -214,12 +228,25 @@ def swap(module: nn.Module, state: State) -> None:
     module.__class__ = _compiled_class(original_class(module))
 
 
-def unswap(module: nn.Module) -> None:
+def unswap(module: nn.Module, adopted: bool = False) -> None:
+    """Give the module its class back, and all parts that were compiled with it; `adopted`: these parts alone."""
     for part in module.modules():
         state = part.__dict__.get("_dropfx")
-        if state is not None and (part is module or not state.own):
-            part.__class__ = original_class(part)
+        if state is not None and ((part is module and not adopted) or not state.own):
+            swapped: Any = type(part)
+            part.__class__ = _uncompiled_class(swapped)
             del part.__dict__["_dropfx"]
+
+
+@functools.cache
+def _uncompiled_class(cls: Any) -> Any:
+    """The class without ours in it; one that was put over ours since, as fully_shard does, stays."""
+    if not issubclass(cls, Compiled):
+        return cls
+    if "_dropfx_original" in cls.__dict__:
+        return cls._dropfx_original
+    names = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_uncompiled_class, cls.__bases__)), names)
 
 
 def _not_traceable_now() -> bool:

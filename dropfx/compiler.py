@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dropfx.compiled import NOTHING_DROPS, State, original_class, swap, unswap
-from dropfx.errors import InvalidInput, InvalidModel, NoDropoutWarning
+from dropfx.errors import DropfxError, InvalidInput, InvalidModel, NoDropoutWarning
 from dropfx.options import make_options
 from dropfx.patterns import Pattern
 from dropfx.runtime import runtime
+from dropfx.sharding import tensor_parallel
 from dropfx.sites import may_drop
 from dropfx.specialise import key_of
 from dropfx.tracing import TraceRefused
@@ -54,7 +55,8 @@ def compile(
         example_kwargs: keyword inputs of that call.
 
     Raises:
-        InvalidModel (TypeError): `model` is not a module that can be compiled.
+        InvalidModel (TypeError): `model` is not a module that can be compiled, or cannot be copied to try the example
+            inputs (FSDP2: compile first, or leave them out).
         InvalidOption (ValueError): an option is unknown or not accepted.
         InvalidInput (ValueError): the example inputs do not fit the model.
     """
@@ -120,6 +122,8 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Trace with example inputs, as in training; the model's flags stay as they are."""
+    if tensor_parallel(model, (args, kwargs)):
+        return
     flags = {module: module.training for module in model.modules()}
     state: State = model.__dict__["_dropfx"]
     model.train()
@@ -134,7 +138,7 @@ def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             raise InvalidInput(f"example_inputs: {type(model).__name__}.forward fails on them: {error}") from error
         with contextlib.suppress(TraceRefused):  # its parts are traced in the first training call
             state.specialise(model, args, kwargs, (spec, *key))
-    except InvalidInput:
+    except DropfxError:
         unswap(model)
         raise
     finally:
@@ -144,7 +148,10 @@ def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _fails_as_written(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """The error that the original forward raises on these inputs, tried without a trace left on model or generator."""
-    trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    try:
+        trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    except Exception as error:
+        raise InvalidModel(f"model: it cannot be copied to try the example inputs: {error}") from error
     unswap(trial)
     try:
         with torch.random.fork_rng(), torch.no_grad():

@@ -25,6 +25,7 @@ from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
 from dropfx.options import make_options
 from dropfx.pass_infra import Options, Site
 from dropfx.runtime import numbers_of_their_own
+from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
 from dropfx.tracing import random_state, restore_random
 
 
@@ -146,6 +147,9 @@ def explain(
     check_model(model)
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
+    if tensor_parallel(model, (inputs, kwargs)):  # left alone as a whole: there is nothing to try
+        opaque = {"": TENSOR_PARALLEL}
+        return Report(_unreached(model, opaque), 0, 0, opaque)
     trial = training_copy(model)
     swap(trial, State(checked, quiet=True))
     args, named = copy_inputs((inputs, kwargs or {}))

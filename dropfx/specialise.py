@@ -74,7 +74,8 @@ class Specialisation:
         self.sites = [s for s in self.context.sites if s.rewritten]
         self._results = traced.out_spec.num_leaves
         self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec
-        self._modules = _module_checks(root, traced, original_class)
+        self._visited = traced.visited
+        self.note_classes(root)
         self._children = [(root.get_submodule(p)._modules, len(root.get_submodule(p)._modules)) for p in traced.visited]
         self._guards = [(root.get_submodule(g.path), g.name, g.check, g.expected) for g in traced.guards]
         self._rate_sources = [_rate_source(root, site) for site in self.context.sites]
@@ -83,6 +84,10 @@ class Specialisation:
         self._options = options
         self._run = _generate(traced.graph)
         self._read_rates()
+
+    def note_classes(self, root: nn.Module) -> None:
+        """Take the classes that the modules have now for those that must not change."""
+        self._modules = _module_checks(root, self._visited)
 
     # -- does it hold ------------------------------------------------------------------------------------------------
 
@@ -157,10 +162,10 @@ def _generate(graph: fx.Graph) -> Callable[..., Any]:
 
 
 def _module_checks(
-    root: nn.Module, traced: Trace, original_class: Callable[[nn.Module], type]
+    root: nn.Module, visited: dict[str, tuple[type, bool]]
 ) -> list[tuple[dict[str, Any], str, nn.Module, type, bool]]:
     checks = []
-    for path, (_, had_hooks) in traced.visited.items():
+    for path, (_, had_hooks) in visited.items():
         if path:
             parent, _, name = path.rpartition(".")
             module = root.get_submodule(path)

@@ -167,3 +167,22 @@ def test_training_follows_the_original(optimizer: str) -> None:
         check_step(original, compiled, CASES["mlp"].call(6, torch.float64, step)[0], dtype=torch.float64, seed=step)
         for stepper in steppers:
             stepper.step()
+
+
+@pytest.mark.parametrize("pattern", ["block", "slice", "row", "tile"])
+@pytest.mark.parametrize("name", ["mlp", "mlp_three_dims", "embedding", "odd_widths"])
+def test_the_output_may_be_changed_in_place(name: str, pattern: str) -> None:
+    """As PyTorch's own layers' may: it is no view that was made inside of an autograd.Function."""
+    case = CASES[name]
+    model = dropfx.compile(case.make(torch.float64), pattern=pattern, min_speedup=0)
+    args, kwargs = case.call(4, torch.float64)
+    gradients = []
+    for change in (lambda y: y.mul_(3.0), lambda y: y * 3.0):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with recording() as masks:
+            y = model(*args, **kwargs)
+        assert masks
+        change(y).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*gradients)

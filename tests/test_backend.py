@@ -216,3 +216,12 @@ def test_small_layers_are_left_to_the_inner_compiler() -> None:
     with recording() as masks:
         compiled(torch.randn(4, 16))
     assert not masks
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_the_output_may_be_changed_in_place(inner: str) -> None:
+    """In later calls too: AOTAutograd's first call returns other tensors than the rest."""
+    _, compiled = compiled_pair(mlp(48, 96, 96, 8), inner=inner)
+    for _ in range(3):
+        y = compiled(torch.randn(4, 48))
+        y.mul_(3.0).sum().backward()

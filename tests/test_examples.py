@@ -30,7 +30,24 @@ def test_example_learns(script, options):
     assert accuracies[-1] > 60
 
 
-@pytest.mark.parametrize("script", ["mnist_mlp.py", "vgg16_classifier.py"])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_distributed_example_learns(wrapper):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(EXAMPLES / "distributed.py"), "--with", wrapper]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONWARNINGS": "", "OMP_NUM_THREADS": "1"}
+    options = ["--epochs", "2", "--hidden", "256"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(value) for value in re.findall(r"test accuracy ([\d.]+)%", done.stdout)]
+    assert len(accuracies) == 2  # one rank prints
+    assert accuracies[-1] > 60
+    assert "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["mnist_mlp.py", "vgg16_classifier.py", "distributed.py"])
 def test_one_line_is_all_that_dropfx_adds(script):
     code = (EXAMPLES / script).read_text().partition('"""\n\nimport')[2]
     uses = [line for line in code.splitlines() if "dropfx" in line]

@@ -50,3 +50,13 @@ def test_accumulation_hooks_run_once() -> None:
         parameter.register_post_accumulate_grad_hook(seen.append)
     compiled(example()).sum().backward()
     assert len(seen) == 4
+
+
+def test_a_module_that_stays_a_call_is_traced_once() -> None:
+    """Compiling it on its own changes its class, which is no change to the trace around it."""
+    model = dropfx.compile(Nested().double(), min_speedup=0)
+    HOOKS["forward"](model.body)
+    model(example())
+    traces = dropfx.compiler.trace_count()
+    model(example())
+    assert dropfx.compiler.trace_count() == traces

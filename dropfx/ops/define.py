@@ -55,6 +55,15 @@ def fresh(out: Tensor) -> Tensor:
     return out.clone() if out._is_view() else out
 
 
+def whole(out: Tensor) -> Tensor:
+    """A new result without the view of a temporary that it is, as PyTorch's own operations return theirs.
+
+    Autograd refuses to change a view in place that was made inside of a Function, and FSDP2 warns of it.
+    """
+    made: Tensor = torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+    return made
+
+
 _library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import define, eager, first_derivative_only
+from dropfx.ops.define import define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.runs import Runs, put, take
 
@@ -20,7 +20,7 @@ def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx:
     parts = pieces(len(flat), KeptAxis(cols, run, leading))
     found = [_look_up(flat[p.low : p.high], weight, p.runs[0]) for p in parts]
     out = found[0] if len(found) == 1 else torch.cat(found)
-    return out.view(*ids.shape, out.size(1))
+    return whole(out.view(*ids.shape, out.size(1)))
 
 
 def _look_up(ids: Tensor, weight: Tensor, kept: Runs | None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import autocast, define, eager, first_derivative_only
+from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, take
@@ -31,7 +31,7 @@ def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, 
     if x.size(-1) != compact.size(1):
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
     kept_bias = bias if bias is None or kept.rows is None else take(bias, 0, kept.rows)
-    return scaled_linear(x, compact, kept_bias, scale)
+    return whole(scaled_linear(x, compact, kept_bias, scale))
 
 
 def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
@@ -108,7 +108,7 @@ def _rows(x: Tensor) -> int:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
     found = [_forward(flat[low:high], kept.take(weight), bias, kept, scale) for low, high, kept in parts]
-    return torch.cat(found).view(*x.shape[:-1], found[0].size(1))
+    return whole(torch.cat(found).view(*x.shape[:-1], found[0].size(1)))
 
 
 def _gradients(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, autocast, define, first_derivative_only
+from dropfx.ops.define import EAGER, autocast, define, first_derivative_only, whole
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, Runs, take
 
@@ -99,7 +99,7 @@ def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tiles: _Tile
         for (rows, cols, _), weight in zip(tiles.parts, weights, strict=True)
     ]
     out = _restored(parts, parts[0][1] if parts else flat, tiles.rows)
-    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], tiles.n)
+    return whole((out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], tiles.n))
 
 
 def _gradients(

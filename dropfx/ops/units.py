@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, define, eager, fresh
+from dropfx.ops.define import EAGER, define, eager, fresh, whole
 from dropfx.ops.groups import KeptAxis, by_row, put_groups, take_groups
 
 
@@ -20,7 +20,7 @@ def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Te
 
 
 def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
-    return put_groups(y, dim, KeptAxis(starts, run, leading), units)
+    return whole(put_groups(y, dim, KeptAxis(starts, run, leading), units))
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dropfx.sharding import cast, is_distributed, precision
+
 if TYPE_CHECKING:
     from dropfx.tracing.tracer import Tracer
 
@@ -32,7 +34,7 @@ class Recorder:
         tracer = self._dropfx_tracer
         if tracer.tracing:
             return tracer.call(self, args, kwargs)
-        return self.forward(*args, **kwargs)
+        return run(self, args, kwargs)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -58,6 +60,16 @@ class Recorder:
         super().__delattr__(name)
 
 
+def run(module: Any, args: Any, kwargs: Any) -> Any:
+    """The forward of a skeleton module, unrecorded, in the precisions that fully_shard's hooks would give it."""
+    policy = module.__dict__.get("_dropfx_precision")
+    if policy is None:
+        return module.forward(*args, **kwargs)
+    if policy.cast_forward_inputs:
+        args, kwargs = cast((args, kwargs), policy.param_dtype)
+    return cast(module.forward(*args, **kwargs), policy.output_dtype)
+
+
 class Opaque(nn.Module):
     """Stands for a module whose Python forward cannot be seen (ScriptModule)."""
 
@@ -75,6 +87,7 @@ class Builder:
         self._original_class = original_class
         self._memo: dict[int, Any] = {}
         self._classes: dict[type, type] = {}
+        self._precision: Any = None
         self.tensors: dict[int, Tensor] = {}
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -84,18 +97,29 @@ class Builder:
         made: Any = object.__new__(self._recorder(cls))
         self._memo[id(module)] = made
         attributes = Opaque().__dict__ if cls is Opaque else module.__dict__
+        own, around = precision(module), self._precision
+        self._precision = own or around
         made.__dict__.update({k: self._value(v) for k, v in attributes.items() if not k.startswith("_dropfx")})
-        made.__dict__.update(_dropfx_tracer=self._tracer, _dropfx_class=cls)
+        self._precision = around
+        made.__dict__.update(_dropfx_tracer=self._tracer, _dropfx_class=cls, _dropfx_precision=own)
         return made  # type: ignore[no-any-return]
 
     def tensor(self, tensor: Tensor) -> Tensor:
         if is_lazy(tensor):
             return tensor  # without a shape there is nothing to fake
+        if id(tensor) not in self.tensors and is_distributed(tensor):
+            self.tensors[id(tensor)] = self._gathered(tensor)
         if id(tensor) not in self.tensors:
             # a non-leaf's history is not part of the trace, and asking it for .grad warns
             leaf = tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
             self.tensors[id(tensor)] = self._tracer.fake_mode.from_tensor(leaf)
         return self.tensors[id(tensor)]
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """The plain whole of a sharded parameter, which FSDP2's hook puts in its place for the time of a forward."""
+        dtype = getattr(self._precision, "param_dtype", None) or tensor.dtype
+        with self._tracer.fake_mode:
+            return torch.empty(tensor.shape, dtype=dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
     def _recorder(self, cls: type) -> type:
         if cls not in self._classes:

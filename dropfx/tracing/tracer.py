@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
 from dropfx.tracing.refusal import TraceRefused, why
-from dropfx.tracing.skeleton import Builder, Opaque, Recorder
+from dropfx.tracing.skeleton import Builder, Opaque, Recorder, run
 from dropfx.tracing.surroundings import surroundings
 from dropfx.tracing.watch import contents, modes, random_state, restore_random, which_mode
 
@@ -363,7 +363,7 @@ class Tracer(fx.Tracer):
                     return getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
                 if kind == "call_module":
                     module: Any = self.skeleton.get_submodule(target)
-                    return UNKNOWN if module._dropfx_class is Opaque else module.forward(*real_args, **real_kwargs)
+                    return UNKNOWN if module._dropfx_class is Opaque else run(module, real_args, real_kwargs)
                 return target(*real_args, **real_kwargs)
             except _UNKNOWABLE:
                 return UNKNOWN
