@@ -107,6 +107,9 @@ class TensorProxy(Proxy):
     def __iter__(self) -> Iterator[Any]:
         return (operator.getitem(self, i) for i in range(int(self.size(0))))
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.record("call_function", operator.setitem, (self, key, value), {})
+
 
 class ScalarProxy(Proxy):
     """A number computed from sizes. Asked for its value, it gives it, and the sizes become part of the key."""
