@@ -236,6 +236,23 @@ class CheckpointMethod(WithMLP):
         return self.head(torch.utils.checkpoint.checkpoint(self.part, x, 2.0, use_reentrant=False))
 
 
+@case("type_of_an_opaque_childs_result", rewritten=SITE)
+class TypeOfResult(WithMLP):
+    """What the child returns is known only when it runs."""
+
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return (x.tanh(), x) if x.sum() < 1e9 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = TypeOfResult.Branch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branch(self.mlp(x))
+        return self.head(out[0] if isinstance(out, tuple) else out)
+
+
 # How many parts there are depends on the batch: what was traced holds for one count only.
 
 
