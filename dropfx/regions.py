@@ -225,12 +225,12 @@ def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
 def ends(region: Region) -> str:
     """What lies around a region that holds no product, for `explain`: " (before it: conv2d; behind it: layer_norm)"."""
     sides = [("before", region.ends_before), ("behind", region.ends_behind)]
-    named = [(side, dict.fromkeys(map(_named, nodes))) for side, nodes in sides]
+    named = [(side, dict.fromkeys(_named(region, node) for node in nodes)) for side, nodes in sides]
     text = "; ".join(f"{side} it: {', '.join(names)}" for side, names in named if names)
     return f" ({text})" if text else ""
 
 
-def _named(node: fx.Node) -> str:
+def _named(region: Region, node: fx.Node) -> str:
     if "site" in node.meta:
         return "another dropout"
     plain = {"placeholder": "an input", "get_attr": "a parameter", "output": "the output"}
@@ -241,8 +241,8 @@ def _named(node: fx.Node) -> str:
     name, rule = op_name(node), rule_of(node)
     if name == "linear":
         return "a Linear along another axis"
-    if rule is not None and not rule.pointwise:
-        return f"{name} across the units"
+    if rule is not None and rule.moves_rows:
+        return f"{name} across the {'units' if region.leading is None else 'groups or the units'}"
     return name or str(getattr(node.target, "__name__", node.target))
 
 

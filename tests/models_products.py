@@ -25,7 +25,8 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
 
 
-@case("conv1d", vectors(64, 5), rewritten=("drop", "resid_drop"))
+# with groups the region of resid_drop ends at the view, which moves the axis along which they lie
+@case("conv1d", vectors(64, 5), rewritten=("drop",), optional=("resid_drop",))
 class Conv1DBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
