@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, op_name, parts_of, value_of
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _reshape_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
     return reshape_axis(value.shape, out.shape, axis)
 
 
-def _order(node: fx.Node) -> list[int] | None:
+def axes_of_permutation(node: fx.Node) -> list[int] | None:
     """Which input axis each output axis of a permutation is: read off a tensor whose sizes all differ."""
     value = value_of(node.args[0])
     if value is None:
@@ -182,25 +183,25 @@ def _order(node: fx.Node) -> list[int] | None:
 
 
 def _permute_operands(node: fx.Node, axis: Axis) -> Operands | None:
-    order, first = _order(node), node.args[0]
+    order, first = axes_of_permutation(node), node.args[0]
     if order is None or not isinstance(first, fx.Node):
         return None
     return {first: Axis(order[axis.dim] - len(order), axis.factor)}
 
 
 def _permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
-    order = _order(node)
+    order = axes_of_permutation(node)
     if order is None:
         return None
     return Axis(order.index(len(order) + axis.dim) - len(order), axis.factor)
 
 
 def _first_stays(node: fx.Node) -> bool:
-    order = _order(node)
+    order = axes_of_permutation(node)
     return order is not None and order[:1] == [0]
 
 
-def _index_order(node: fx.Node) -> list[int | None] | None:
+def axes_of_index(node: fx.Node) -> list[int | None] | None:
     """Which input axis each output axis of x[index] is, None for new or cut axes; None if it indexes by tensors."""
     value, index = value_of(node.args[0]), node.args[1]
     if value is None:
@@ -227,7 +228,9 @@ def _index_order(node: fx.Node) -> list[int | None] | None:
 
 
 def _index_operands(node: fx.Node, axis: Axis) -> Operands | None:
-    order, first = _index_order(node), node.args[0]
+    if _part_of_several(node):
+        return _first_operand(node, axis)
+    order, first = axes_of_index(node), node.args[0]
     value = value_of(first)
     source = None if order is None else order[axis.dim]
     if source is None or value is None or not isinstance(first, fx.Node):
@@ -236,15 +239,101 @@ def _index_operands(node: fx.Node, axis: Axis) -> Operands | None:
 
 
 def _index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
-    order, value = _index_order(node), value_of(operand)
+    if _part_of_several(node):
+        return axis
+    order, value = axes_of_index(node), value_of(operand)
     if order is None or value is None or operand is not node.args[0] or value.dim() + axis.dim not in order:
         return None
     return Axis(order.index(value.dim() + axis.dim) - len(order), axis.factor)
 
 
 def _index_keeps_first(node: fx.Node) -> bool:
-    order = _index_order(node)
-    return order is not None and order[:1] == [0]
+    order = axes_of_index(node)
+    return _part_of_several(node) or (order is not None and order[:1] == [0])
+
+
+def _part_of_several(node: fx.Node) -> bool:
+    """One result of chunk, split or unbind: its axis is named by what made it."""
+    return parts_of(node.args[0]) is not None
+
+
+# -- along another axis ---------------------------------------------------------------------------------------------
+
+_DIM: dict[str, tuple[int, str, Any]] = {
+    **dict.fromkeys(("narrow", "select", "index_select", "cumsum"), (1, "dim", None)),
+    **dict.fromkeys(("chunk", "split", "tensor_split", "split_with_sizes"), (2, "dim", 0)),
+    "unbind": (1, "dim", 0),
+    **dict.fromkeys(("flip", "sum", "mean", "amax", "amin"), (1, "dim", None)),
+    "roll": (2, "dims", None),
+    **dict.fromkeys(("softmax", "log_softmax"), (1, "dim", None)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), (1, "dim", 0)),
+}
+"""Operations along an axis -> place, name and default of the argument that names it (or several)."""
+_REDUCTIONS = ("sum", "mean", "amax", "amin")
+
+
+def _along(node: fx.Node, rank: int) -> list[int] | None:
+    """The axes, counted from the front, along which the operation works; None if that is not said."""
+    name = op_name(node)
+    position, keyword, default = _DIM[name]
+    dims = argument(node, position, "dims" if name == "flip" else keyword, default)
+    if name == "flip" and len(node.args) > 2:  # x.flip(0, 1)
+        dims = node.args[1:]
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not dims or not all(isinstance(d, int) for d in dims):
+        return None
+    return [d % rank for d in dims]
+
+
+def _removed(node: fx.Node, along: list[int]) -> list[int]:
+    """Those of the axes that the result lacks."""
+    name = op_name(node)
+    lost = name in ("select", "unbind") or (name in _REDUCTIONS and not argument(node, 2, "keepdim", False))
+    return along if lost else []
+
+
+def _along_sources(node: fx.Node) -> list[fx.Node]:
+    first = node.args[0] if node.args else None
+    sources = list(first) if isinstance(first, (list, tuple)) else [first]
+    return [s for s in sources if isinstance(s, fx.Node)]
+
+
+def _along_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    sources = _along_sources(node)
+    values = [value_of(source) for source in sources]
+    if not values or any(v is None for v in values):
+        return None
+    rank = values[0].dim()  # type: ignore[union-attr]
+    along = _along(node, rank)
+    if along is None:
+        return None
+    removed = _removed(node, along)
+    kept = [d for d in range(rank) if d not in removed]
+    source = kept[axis.dim]
+    return None if source in along else dict.fromkeys(sources, Axis(source - rank, axis.factor))
+
+
+def _along_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    value = value_of(operand)
+    along = None if value is None else _along(node, value.dim())
+    if value is None or along is None or operand not in _along_sources(node) or value.dim() + axis.dim in along:
+        return None
+    behind = sum(d > value.dim() + axis.dim for d in _removed(node, along))
+    return Axis(axis.dim + behind, axis.factor)
+
+
+def _along_keeps_first(node: fx.Node) -> bool:
+    value = next(map(value_of, _along_sources(node)), None)
+    along = None if value is None else _along(node, value.dim())
+    return along is not None and 0 not in along
+
+
+def _along_rule(zero: Zero) -> AxisRule:
+    return AxisRule(_along_operands, _along_output, zero, _along_keeps_first, moves_rows=True)
+
+
+def _all_sources(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return zeros.issuperset(_along_sources(node))
 
 
 # -- the table ------------------------------------------------------------------------------------------------------
@@ -257,9 +346,9 @@ _NOT_ZERO_AT_ZERO = (
     "sigmoid logsigmoid hardsigmoid softplus exp exp2 log cos cosh rsqrt sqrt reciprocal where maximum minimum eq ne "
     "lt le gt ge masked_fill logical_not"
 )
-_COPIES = "contiguous clone detach to float double half bfloat16 type type_as"
+COPIES = frozenset(["contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as"])
 _RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as"
-_PERMUTATIONS = "transpose permute t swapaxes swapdims movedim moveaxis"
+PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"])
 
 AXIS_RULES: dict[str, AxisRule] = {
     **{name: _pointwise(_always) for name in _ZERO_AT_ZERO.split()},
@@ -271,19 +360,20 @@ AXIS_RULES: dict[str, AxisRule] = {
     "hardtanh": _pointwise(_hardtanh_holds_zero),
     "threshold": _pointwise(_threshold_zero),
     "pow": _pointwise(_power_at_least_one),
-    **{name: AxisRule(_first_operand, _first_output, _always) for name in _COPIES.split()},
+    **{name: AxisRule(_first_operand, _first_output, _always) for name in COPIES},
     **{name: AxisRule(_reshape_operands, _reshape_output, _always, lambda node: False) for name in _RESHAPES.split()},
     **{
         name: AxisRule(_permute_operands, _permute_output, _always, _first_stays, moves_rows=True)
-        for name in _PERMUTATIONS.split()
+        for name in PERMUTATIONS
     },
     "getitem": AxisRule(_index_operands, _index_output, _always, _index_keeps_first, moves_rows=True),
+    **{name: _along_rule(_never if "softmax" in name else _all_sources) for name in _DIM},
 }
 """Operation name (as `graphs.op_name` gives it) -> its row. What has no row is dense."""
 
 
 def rule_of(node: fx.Node) -> AxisRule | None:
     """The row of a node's operation, None where everything must be dense."""
-    if value_of(node) is None:
+    if value_of(node) is None and parts_of(node) is None:
         return None
     return AXIS_RULES.get(op_name(node))

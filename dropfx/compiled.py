@@ -188,6 +188,9 @@ class Compiled:
 
     _dropfx_original: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Does not call on: registries of the user's classes must not meet the swapped one."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._dropfx_original,), self.__dict__.copy()
 

@@ -34,6 +34,14 @@ def value_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def parts_of(node: Any) -> list[Tensor] | None:
+    """The fake tensors of a node with several results (chunk, split, unbind), None for any other."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, (tuple, list)) or not value or not all(isinstance(v, Tensor) for v in value):
+        return None
+    return list(value)
+
+
 def mark_gradients(graph: fx.Graph) -> None:
     """Set meta["asks_gradient"] of every node: whether a backward through it would reach a leaf that asks for one.
 
@@ -58,7 +66,7 @@ def impure(node: fx.Node) -> bool:
     name = op_name(node)
     if node.op != "get_attr" and not name:
         return not (callable(node.target) and getattr(node.target, "__module__", "").startswith(("torch", "dropfx")))
-    return writes_in_place(node) or name.startswith("rand") or name in ("dropout", "bernoulli", "multinomial")
+    return writes_in_place(node) or name.startswith("rand") or "dropout" in name or name in ("bernoulli", "multinomial")
 
 
 def writes_in_place(node: fx.Node) -> bool:

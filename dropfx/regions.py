@@ -14,7 +14,7 @@ import networkx as nx
 from networkx.algorithms.flow import shortest_augmenting_path
 from torch import fx, nn
 
-from dropfx.axis_rules import Axis, rule_of
+from dropfx.axis_rules import Axis, Operands, rule_of
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Site
 
@@ -41,6 +41,7 @@ class Region:
         probabilities: the site drops the outcome of a softmax over its units.
         leading: length of the site's first axis where the draws differ along it, else None.
         straight: values whose first axis is the site's.
+        ends_before, ends_behind: the operations at which it ends, for `explain`.
     """
 
     site: fx.Node
@@ -51,6 +52,8 @@ class Region:
     probabilities: bool = False
     leading: int | None = None
     straight: set[fx.Node] = field(default_factory=set)
+    ends_before: list[fx.Node] = field(default_factory=list)
+    ends_behind: list[fx.Node] = field(default_factory=list)
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -82,23 +85,28 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
     pending = [(source, axis)]
     while pending:
         node, at = pending.pop()
-        if node in region.forms or node in taken or "pinned" in node.meta or "site" in node.meta:
+        if node in region.forms:
             continue
-        name, rule = op_name(node), rule_of(node)
-        if region.leading is not None and not _leads(node, at, region.leading):
+        region.probabilities |= op_name(node) in _SOFTMAX and _over_units(node, at)
+        operands = None if node in taken or "pinned" in node.meta else _compact_before(region, node, at)
+        if operands is None:
+            region.ends_before.append(node)
             continue
-        region.probabilities |= name in _SOFTMAX and _over_units(node, at)
-        if name in GEMMS and at == Axis(-1) and _gatherable(node):
-            region.forms[node] = at
-            region.wants.setdefault(node, {})
-        elif rule is not None and (operands := rule.operands(node, at)) is not None:
-            region.forms[node] = at
-            region.wants[node] = operands
-            grouped = region.leading is not None
-            pending += [(o, axis) for o, axis in operands.items() if not grouped or same_rows(o, node, axis)]
-        else:
-            continue
+        region.forms[node] = at
+        region.wants[node] = operands
         region.before.add(node)
+        grouped = region.leading is not None
+        pending += [(o, axis) for o, axis in operands.items() if not grouped or same_rows(o, node, axis)]
+
+
+def _compact_before(region: Region, node: fx.Node, at: Axis) -> Operands | None:
+    """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
+    if "site" in node.meta or (region.leading is not None and not _leads(node, at, region.leading)):
+        return None
+    if op_name(node) in GEMMS:
+        return region.wants.get(node, {}) if at == Axis(-1) and _gatherable(node) else None
+    rule = rule_of(node)
+    return None if rule is None else rule.operands(node, at)
 
 
 def same_rows(operand: fx.Node, reader: fx.Node, axis: Axis) -> bool:
@@ -153,18 +161,17 @@ def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> 
         _refuse_batch_statistics(module, node)
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
-        if "pinned" in node.meta or "site" in node.meta:
-            continue
-        if op_name(node) == "linear":
+        free = not ("pinned" in node.meta or "site" in node.meta)
+        if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
-        elif node in taken:
-            continue
-        elif (at := _unitwise_after(region, node, read, zeros)) is not None:
+        elif free and node not in taken and (at := _unitwise_after(region, node, read, zeros)) is not None:
             region.forms[node] = at
             zeros.add(node)
-        elif _takes_residual(node, read, region):
+        elif free and node not in taken and _takes_residual(node, read, region):
             region.sinks.add(node)
             region.wants[node] = {read[0]: region.forms[read[0]]}
+        if node not in zeros and not (op_name(node) == "linear" and node in region.sinks):
+            region.ends_behind.append(node)
 
 
 def _after(site: fx.Node) -> Iterator[fx.Node]:
@@ -213,6 +220,30 @@ def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
     if straight:
         region.straight.add(node)
     return (straight or not rule.moves_rows) and all(same_rows(o, node, region.forms[o]) for o in read)
+
+
+def ends(region: Region) -> str:
+    """What lies around a region that holds no product, for `explain`: " (before it: conv2d; behind it: layer_norm)"."""
+    sides = [("before", region.ends_before), ("behind", region.ends_behind)]
+    named = [(side, dict.fromkeys(_named(region, node) for node in nodes)) for side, nodes in sides]
+    text = "; ".join(f"{side} it: {', '.join(names)}" for side, names in named if names)
+    return f" ({text})" if text else ""
+
+
+def _named(region: Region, node: fx.Node) -> str:
+    if "site" in node.meta:
+        return "another dropout"
+    plain = {"placeholder": "an input", "get_attr": "a parameter", "output": "the output"}
+    if node.op in plain:
+        return plain[node.op]
+    if node.op == "call_module":
+        return str(node.target)
+    name, rule = op_name(node), rule_of(node)
+    if name == "linear":
+        return "a Linear along another axis"
+    if rule is not None and rule.moves_rows:
+        return f"{name} across the {'units' if region.leading is None else 'groups or the units'}"
+    return name or str(getattr(node.target, "__name__", node.target))
 
 
 def residual_base(node: fx.Node, branch: fx.Node) -> Any:
@@ -278,7 +309,7 @@ def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.
     graph.add_edge(reader, taken, capacity=_INFINITE)
     # a dense value after the site is not taken again: its units may be others than the padding of a ragged block
     retaken = value in region.forms and value not in region.before
-    capacity = _INFINITE if retaken else prices.take[value]
+    capacity = _INFINITE if retaken or value_of(value) is None else prices.take[value]
     graph.add_edge(taken, value if value in region.forms else "dense", capacity=capacity)
     if value in region.forms:
         _read_dense(graph, region, value, reader, prices)
@@ -286,7 +317,7 @@ def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.
 
 def _read_dense(graph: nx.DiGraph, region: Region, value: fx.Node, reader: Any, prices: Prices) -> None:
     """`reader`, if dense, reads `value` dense: a put if the value is compact, impossible before the site."""
-    if value in region.before:
+    if value in region.before or value_of(value) is None:  # several results: each is read by its getitem
         graph.add_edge(value, reader, capacity=_INFINITE)
         return
     graph.add_edge(value, ("put", value), capacity=prices.put[value])

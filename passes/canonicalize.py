@@ -1,25 +1,31 @@
-"""dropout(x, training=False) -> x        size(relu(x), 0) -> size(x, 0)
+"""dropout(x, training=False) -> x        addmm(b, x, W) -> linear(x, W^T, b)        size(relu(x), 0) -> size(x, 0)
 
-One form for later passes: no dropout that is off, and sizes are asked of the first value that has them, so that asking
-does not force a value to be dense.
+One form for later passes: no dropout that is off, one spelling of a layer's product, and sizes are asked of the first
+value that has them, so that asking does not force a value to be dense.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
-from dropfx.axis_rules import AXIS_RULES
-from dropfx.graphs import argument, op_name, value_of, writes_in_place
+from dropfx.graphs import argument, clean_up, op_name, value_of, writes_in_place
 from dropfx.pass_infra import Context, PassResult
+from dropfx.patterns import Tile
 from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.sizes import origin
 
 
 def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:
     """Bring the graph to the form that later passes match."""
     modified = False
+    clean_up(module.graph)  # a part of a split that nobody reads is no reader
+    # tiles are dropped in the weights of Linears alone, as `record` hands them out
+    by_units = not isinstance(context.options.pattern, Tile)
     for node in list(module.graph.nodes):
-        modified |= _drop_inactive(node) or _ask_size_at_source(node)
+        modified |= _drop_inactive(node) or _name_transpose(node) or _ask_size_at_source(node)
+        modified |= by_units and _spell_as_linear(node)
     return PassResult(module, modified)
 
 
@@ -34,35 +40,86 @@ def _drop_inactive(node: fx.Node) -> bool:
     return True
 
 
+# -- products -------------------------------------------------------------------------------------------------------
+
+
+def _name_transpose(node: fx.Node) -> bool:
+    """The attributes x.T of a matrix and x.mT, as the method that they stand for."""
+    if node.op != "call_function" or node.target is not getattr or node.args[1] not in ("T", "mT"):
+        return False
+    value = value_of(node.args[0])
+    if value is None or value.dim() < 2 or (value.dim() > 2 and node.args[1] == "T"):
+        return False
+    node.op, node.target, node.args = "call_method", "transpose", (node.args[0], -2, -1)
+    return True
+
+
+def _spell_as_linear(node: fx.Node) -> bool:
+    """A product with a matrix [in, out] from outside of the graph: HF's Conv1D, layers written by hand."""
+    product = _product(node)
+    if product is None:
+        return False
+    x, matrix, bias = product
+    weight, value = _transposed(matrix), value_of(matrix)
+    if weight is None:
+        if matrix.op not in _GIVEN or value is None:
+            return False
+        with node.graph.inserting_before(node):
+            weight = node.graph.call_method("t", (matrix,))
+        weight.meta["val"] = value.t()
+    node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, weight, bias), {}
+    return True
+
+
+_GIVEN = ("get_attr", "placeholder")
+
+
+def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """(x, matrix, bias) of a product that linear(x, matrix^T, bias) computes too."""
+    name, count = op_name(node), len(node.args)
+    if node.kwargs or (name, count) not in (("addmm", 3), ("matmul", 2), ("mm", 2)):
+        return None
+    *bias, x, matrix = node.args
+    values = [value_of(operand) for operand in (x, matrix, *bias)]
+    dense = all(v is not None and v.layout is torch.strided and v.is_floating_point() for v in values)
+    if not dense or [v.dim() for v in values[1:] if v is not None] != [2, 1][: len(values) - 1]:
+        return None
+    if bias and values[2].size(0) != values[1].size(1):  # type: ignore[union-attr]
+        return None
+    return x, matrix, bias[0] if bias else None  # type: ignore[return-value]
+
+
+def _transposed(matrix: fx.Node) -> fx.Node | None:
+    """The weight whose transpose a matrix is."""
+    source = matrix.args[0] if matrix.op not in _GIVEN and op_name(matrix) in ("t", "transpose") else None
+    return source if isinstance(source, fx.Node) and source.op in _GIVEN and _swaps(matrix) else None
+
+
+def _swaps(node: fx.Node) -> bool:
+    return op_name(node) == "t" or (len(node.args) == 3 and {a % 2 for a in node.args[1:]} == {0, 1})  # type: ignore[operator]
+
+
 # -- sizes ----------------------------------------------------------------------------------------------------------
 
 
 def _ask_size_at_source(node: fx.Node) -> bool:
-    if op_name(node) != "size" or len(node.args) != 2 or not isinstance(node.args[1], int):
+    if op_name(node) != "size" or len(node.args) != 2:
         return False
     source, dim = node.args
     value = value_of(source)
     if value is None or not isinstance(source, fx.Node) or not isinstance(dim, int):
         return False
-    origin, at = _origin(source, dim % value.dim())
-    if origin is source:
+    found = origin(source, dim % value.dim())
+    if isinstance(found, int):
+        _write_number(node, found)
+    elif found[0] is source:
         return False
-    node.args = (origin, at)
+    else:
+        node.args = found
     return True
 
 
-def _origin(source: fx.Node, dim: int) -> tuple[fx.Node, int]:
-    while True:
-        value, name = value_of(source), op_name(source)
-        assert value is not None
-        if name == "linear":
-            if dim == value.dim() - 1:
-                weight = argument(source, 1, "weight")
-                return (weight, 0) if isinstance(weight, fx.Node) else (source, dim)
-            source = argument(source, 0, "input")
-            continue
-        pointwise = name in AXIS_RULES or (source.op == "call_function" and source.target in DROPOUT_FUNCTIONS)
-        same = [o for o in source.all_input_nodes if (v := value_of(o)) is not None and v.shape == value.shape]
-        if not pointwise or not same or name in ("transpose", "permute", "t"):
-            return source, dim
-        source = same[0]
+def _write_number(node: fx.Node, number: int) -> None:
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
+    node.graph.erase_node(node)

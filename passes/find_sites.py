@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import fx, nn
 
-from dropfx.graphs import argument, mark_gradients, value_of
+from dropfx.graphs import argument, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
@@ -16,13 +18,17 @@ _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
     """Fill context.sites in graph order; changes nothing."""
     mark_gradients(module.graph)
+    calls: Counter[str] = Counter()
     for node in module.graph.nodes:
         if node.op == "call_module":
             context.sites += _inside(str(node.target), module.get_submodule(str(node.target)))
         elif node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
             context.sites.append(_site(node, context))
         elif node.op == "call_function" and node.target in OTHER_DROPOUTS and _drops(node):
-            context.sites.append(Site(node.name, _rate(node), reason=OTHER_DROPOUTS[node.target]))
+            name = f"{node.meta.get('path', '')}:{op_name(node)}"
+            calls[name] += 1
+            name = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            context.sites.append(Site(name, _rate(node), reason=OTHER_DROPOUTS[node.target]))
     for site in context.sites:
         site.name = _prefixed(context.prefix, site.name)
     return PassResult(module, False)

@@ -15,7 +15,7 @@ from dropfx.axis_rules import Axis
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.prices import everything_prices, linear_products, region_prices
-from dropfx.regions import GEMMS, Region, RegionRefused, cut, grow, price
+from dropfx.regions import GEMMS, Region, RegionRefused, cut, ends, grow, price
 
 _SWEEPS = 5
 
@@ -37,6 +37,7 @@ class _Choice:
 def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     """Choose the compact nodes of every site; sites without gain get their reason."""
     chosen: dict[int, _Choice] = {}
+    _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
     candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.realisation is not None]
     for _ in range(_SWEEPS):
@@ -52,6 +53,16 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
         _annotate(index, choice)
     _count_flops(module.graph, context, chosen)
     return PassResult(module, False)
+
+
+def _prefer_reasons_of_neighbours(module: fx.GraphModule, context: Context) -> None:
+    """`explain` names what no other pattern mends, where a site's pattern does not fit and its neighbours refuse."""
+    for site in context.sites:
+        if site.reason and site.node is not None and site.rank:
+            try:
+                grow(module, site, set())
+            except RegionRefused as refusal:
+                site.reason = str(refusal)
 
 
 def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[int, _Choice]) -> _Choice | None:
@@ -79,7 +90,7 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
 def _no_gain(region: Region) -> str:
     if any(op_name(n) in GEMMS for n in region.nodes):
         return "computing its neighbours compact costs more than it saves"
-    return "no Linear or Embedding next to it could skip work"
+    return "no Linear or Embedding next to it could skip work" + ends(region)
 
 
 def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple[float, float]:

@@ -76,7 +76,7 @@ def _take(
         like = next(o for o in reader.all_input_nodes if same_rows(o, reader, form.axis))
         source = graph.call_function(ops.spread_rows, (source, like, form.axis.dim))
     key = (source, form)
-    if key not in done:
+    if key not in done or "pinned" in dense.meta:  # a write between two readers changes what they take
         starts, run, leading = kept_of(graph, form, context)
         done[key] = insert(graph, ops.take_op, (source, starts, run, form.axis.dim, leading), like=dense)
         done[key].meta.pop("reads", None)

@@ -162,6 +162,29 @@ class FillRows(TwoLayers):
         return h
 
 
+@case("inplace_between_two_reads", rewritten=("drop",))
+class BetweenTwoReads(TwoLayers):
+    """Both reads take the kept units, of two states of the value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = torch.zeros_like(x)
+        h = self.lin1(x) + offset
+        offset[:, ::2] = 3.0
+        return self.lin2(self.drop(h + offset))
+
+
+@case("inplace_assigned_rows", vectors(64, 3), rewritten=("drop",))
+class AssignedRows(TwoLayers):
+    """A sequence shifted by one position, as encoder-decoder models do; its first position is a constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = x.new_zeros(x.shape)
+        shifted[:, 1:] = x[:, :-1].clone()
+        shifted[:, 0] = 0.5
+        shifted.masked_fill_(shifted > 2, 2.0)
+        return self.lin2(self.drop(self.lin1(shifted)))
+
+
 @case("inplace_halves_before", optional=("drop",))
 class HalvesBefore(TwoLayers):
     def between(self, h: Tensor) -> Tensor:

@@ -234,3 +234,64 @@ class CheckpointMethod(WithMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.utils.checkpoint.checkpoint(self.part, x, 2.0, use_reentrant=False))
+
+
+@case("type_of_an_opaque_childs_result", rewritten=SITE)
+class TypeOfResult(WithMLP):
+    """What the child returns is known only when it runs."""
+
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return (x.tanh(), x) if x.sum() < 1e9 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = TypeOfResult.Branch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branch(self.mlp(x))
+        return self.head(out[0] if isinstance(out, tuple) else out)
+
+
+# How many parts there are depends on the batch: what was traced holds for one count only.
+
+
+class Parts(WithMLP):
+    """The forward's Python loop runs once a part."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp[1](self.mlp[0](x))
+        return torch.cat([self.head(self.mlp[3](self.mlp[2](part))) for part in self.parts(h)])
+
+
+PARTS = tuple(f"mlp.2#{n}" for n in range(2, 8))
+
+
+@case("parts_of_the_batch", batches=(4, 7, 3, 7), rewritten=SITE, optional=PARTS)
+class SplitParts(Parts):
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(2)
+
+
+@case("rows_of_the_batch", batches=(2, 5, 2, 3), rewritten=SITE, optional=PARTS)
+class UnbindParts(Parts):
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.unbind(x[:, None])
+
+
+@case("chunks_of_the_batch", batches=(4, 6, 5, 8), rewritten=SITE, optional=PARTS)
+class ChunkParts(Parts):
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(4, dim=0)
+
+
+@case("size_of_a_slice", batches=(4, 6, 3, 6), rewritten=SITE)
+class SizeOfSlice(WithMLP):
+    """As long as the batch when it is traced, and shorter later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mlp(x)[:4]
+        return self.head(h.view(h.size(0) * 2, 32).view(h.size(0), -1))

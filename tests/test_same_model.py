@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from typing import ClassVar, get_type_hints
 
 import pytest
 import torch
@@ -202,3 +203,31 @@ def test_optimizer_made_before_or_after(when: str) -> None:
         check_step(original, compiled, (example(seed=step),), dtype=torch.float64, seed=step)
         for stepper in steppers:
             stepper.step()
+
+
+class Listed(nn.Module):
+    """Keeps a list of its subclasses and reads their annotations, as Hugging Face's base class does."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        get_type_hints(cls)
+        Listed.seen.append(cls.__qualname__)
+
+
+class ListedNet(Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(64, 96, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_hooks_of_class_creation_do_not_see_the_swapped_class() -> None:
+    model = dropfx.compile(ListedNet(), min_speedup=0)
+    with recording() as masks:
+        model(torch.randn(2, 64))
+    assert set(masks) == {"net.2"}
+    assert Listed.seen == ["ListedNet"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import KeptWeight, put, runs, take
+from dropfx.ops.runs import KeptWeight, put, runs, stored_transposed, take
 
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
@@ -39,7 +39,9 @@ def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
 
 
 def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
-    """dense + the gradient from these rows, in place; where `dense` is None, a new tensor."""
+    """dense + the gradient from these rows, in place; where `dense` is None, a new tensor, stored as the weight is."""
+    if kept.flipped is not None:
+        return _weight_gradient(None if dense is None else dense.t(), x, dy, kept.flipped, scale).t()
     if torch.is_grad_enabled():
         made = kept.put(scaled_mm(dy.t(), x, scale).to(kept.dtype))
         return made if dense is None else dense + made
@@ -202,9 +204,13 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if mask[0] else 0),
-        weight.new_empty(weight.shape if mask[1] else 0),
+        _like(weight) if mask[1] else weight.new_empty(0),
         weight.new_empty(weight.size(0) if mask[2] else 0),
     )
+
+
+def _like(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight.t()).t() if stored_transposed(weight) else weight.new_empty(weight.shape)
 
 
 linear_op = define("linear", _linear, _linear_fake)

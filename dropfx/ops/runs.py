@@ -100,11 +100,20 @@ def _resized(x: Tensor, dim: int, size: int) -> list[int]:
     return [size if d == dim else s for d, s in enumerate(x.shape)]
 
 
+def stored_transposed(weight: Tensor) -> bool:
+    """Whether a matrix is the transpose of what lies in memory."""
+    return not weight.is_contiguous() and weight.t().is_contiguous()
+
+
 class KeptWeight:
-    """The kept rows and columns of a weight [N, K]; None keeps all of an axis."""
+    """The kept rows and columns of a weight [N, K]; None keeps all of an axis.
+
+    A weight that is stored as [K, N] is `flipped`: whole runs lie in its transpose.
+    """
 
     def __init__(self, weight: Tensor, rows: Runs | None, cols: Runs | None) -> None:
         self.rows, self.cols = rows, cols
+        self.flipped = KeptWeight(weight.t(), cols, rows) if stored_transposed(weight) else None
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         self.partial = rows is not None or cols is not None
@@ -134,6 +143,8 @@ class KeptWeight:
 
     def take(self, weight: Tensor) -> Tensor:
         """W [N, K] -> W[rows][:, cols] [N', K']; a view where the runs are windows that do not wrap."""
+        if self.flipped is not None:
+            return self.flipped.take(weight.t()).t()
         tiles = self.tiles if weight.is_contiguous() else None
         if tiles is None:
             out = weight if self.rows is None else take(weight, 0, self.rows)
@@ -144,6 +155,8 @@ class KeptWeight:
 
     def put(self, grad: Tensor) -> Tensor:
         """G [N', K'] -> [N, K] with exact zeros at the dropped rows and columns."""
+        if self.flipped is not None:
+            return self.flipped.put(grad.t()).t()
         out = grad if self.cols is None else put(grad, 1, self.cols, self.k)
         return out if self.rows is None else put(out, 0, self.rows, self.n)
 

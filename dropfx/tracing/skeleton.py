@@ -30,6 +30,9 @@ class Recorder:
     _dropfx_tracer: Tracer
     _dropfx_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Does not call on: registries of the user's classes must not meet this copy."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracer = self._dropfx_tracer
         if tracer.tracing:

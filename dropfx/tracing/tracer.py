@@ -28,7 +28,9 @@ from torch.nn.utils import parametrize
 from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from dropfx.graphs import argument, op_name
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
+from dropfx.sizes import is_fixed
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
 from dropfx.tracing.refusal import TraceRefused, why
 from dropfx.tracing.skeleton import Builder, Opaque, Recorder, run
@@ -296,6 +298,7 @@ class Tracer(fx.Tracer):
     def _node(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs)
         node.meta["val"] = value
+        node.meta["path"] = self._stack[-1][0] if self._stack else ""
         return node
 
     def _wrap(self, node: fx.Node, value: Any) -> Any:
@@ -306,6 +309,7 @@ class Tracer(fx.Tracer):
         if value is None:
             return None
         if isinstance(value, (tuple, list)):
+            self.exact_shapes |= _counted_by_size(node)
             parts = [
                 self._wrap(self._node("call_function", operator.getitem, (node, i), {}, v), v)
                 for i, v in enumerate(value)
@@ -389,6 +393,18 @@ class Tracer(fx.Tracer):
             yield
         finally:
             self.tracing = before
+
+
+def _counted_by_size(node: fx.Node) -> bool:
+    """Whether a size that may vary decides how many tensors there are: the trace holds for this count alone."""
+    name = op_name(node)
+    if name not in ("chunk", "split", "unbind", "unsafe_chunk", "unsafe_split"):
+        return False
+    pieces = None if name == "unbind" else argument(node, 1, "chunks" if "chunk" in name else "split_size")
+    if isinstance(pieces, (tuple, list)) or ("chunk" in name and pieces in (1, 2)):
+        return False
+    dim = argument(node, 1 if name == "unbind" else 2, "dim", 0)
+    return not (isinstance(node.args[0], fx.Node) and isinstance(dim, int) and is_fixed(node.args[0], dim))
 
 
 def _plain(value: Any) -> bool:

@@ -30,11 +30,12 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def linear_case(pattern: Pattern, sides: str, seed: int) -> tuple[tuple, Tensor]:
-    """Arguments of the gathered Linear and what it must return."""
+def linear_case(pattern: Pattern, sides: str, seed: int, transposed: bool = False) -> tuple[tuple, Tensor]:
+    """Arguments of the gathered Linear and what it must return; `transposed`: the weight lies in memory as [K, N]."""
     n, k = 24, 32
     rows, cols = draw(pattern, n, k, seed=seed)
     x, w, b = leaf(2, 3, cols.width if "cols" in sides else k), leaf(n, k), leaf(n)
+    w = w.detach().t().contiguous().t().requires_grad_() if transposed else w
     row_part = (rows.starts, rows.run) if "rows" in sides else (None, 0)
     col_part = (cols.starts, cols.run) if "cols" in sides else (None, 0)
     kept_w = w[rows.units()] if "rows" in sides else w
@@ -53,9 +54,22 @@ def test_linear(pattern: Pattern, sides: str, which: str) -> None:
     torch.autograd.gradcheck(lambda x, w, b: function(x, w, b, *args[3:]), args[:3])
 
 
+@pytest.mark.parametrize("which", FACES)
+@pytest.mark.parametrize("sides", ["rows", "cols", "rows and cols"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_linear_passes_opcheck(pattern: Pattern) -> None:
-    opcheck(ops.linear_op, linear_case(pattern, "rows and cols", 0)[0])
+def test_linear_of_a_transposed_weight(pattern: Pattern, sides: str, which: str) -> None:
+    args, expected = linear_case(pattern, sides, 0, transposed=True)
+    function, w = face(ops.linear_op, which), args[1]
+    torch.testing.assert_close(function(*args), expected)
+    torch.autograd.gradcheck(lambda x, w, b: function(x, w, b, *args[3:]), args[:3])
+    (grad,) = torch.autograd.grad(function(*args).sum(), w)
+    assert grad.stride() == w.stride()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_linear_passes_opcheck(pattern: Pattern, transposed: bool) -> None:
+    opcheck(ops.linear_op, linear_case(pattern, "rows and cols", 0, transposed)[0])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

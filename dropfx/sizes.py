@@ -1,0 +1,68 @@
+"""Where a size comes from: what it can vary with, and the first value of which it can be asked."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
+from dropfx.graphs import argument, op_name, value_of
+from dropfx.sites import DROPOUT_FUNCTIONS
+
+Source = tuple[fx.Node, int]
+
+
+def origin(node: fx.Node, dim: int) -> Source | int:
+    """The first value that has the size, with its axis counted from the front; or a number that the program names."""
+    found: Source | int = (node, dim)
+    while not isinstance(found, int):
+        step = _earlier(*found)
+        if step is None:
+            break
+        found = step
+    return found
+
+
+def is_fixed(node: fx.Node, dim: int) -> bool:
+    """Whether the size is a parameter's or the program's: the same in every call."""
+    found = origin(node, dim)
+    return isinstance(found, int) or found[0].op == "get_attr"
+
+
+def _earlier(node: fx.Node, dim: int) -> Source | int | None:
+    name, value, first = op_name(node), value_of(node), node.args[0] if node.args else None
+    if value is None:
+        return None
+    dim %= value.dim()
+    if name == "linear":
+        weight, last = argument(node, 1, "weight"), dim == value.dim() - 1
+        found = (weight, 0) if last else (argument(node, 0, "input"), dim)
+        return found if isinstance(found[0], fx.Node) else None
+    if name in PERMUTATIONS and isinstance(first, fx.Node):
+        axes = axes_of_permutation(node)
+        return None if axes is None else (first, axes[dim])
+    if name == "getitem" and isinstance(first, fx.Node):
+        kept = axes_of_index(node)
+        return None if kept is None or kept[dim] is None else (first, kept[dim])  # type: ignore[return-value]
+    if name in ("view", "reshape"):
+        return _named(node, dim, value.dim())
+    rule = AXIS_RULES.get(name)
+    if (rule is not None and rule.pointwise) or name in COPIES or node.target in DROPOUT_FUNCTIONS:
+        same = [o for o in node.all_input_nodes if (v := value_of(o)) is not None and v.shape == value.shape]
+        return (same[0], dim) if same else None
+    return None
+
+
+def _named(view: fx.Node, dim: int, rank: int) -> Source | int | None:
+    """The size that a view names for an axis."""
+    sizes = view.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    size = sizes[dim] if len(sizes) == rank else None
+    if type(size) is int:
+        return None if size == -1 else size
+    if isinstance(size, fx.Node) and op_name(size) == "size" and len(size.args) == 2:
+        source, asked = size.args
+        value = value_of(source)
+        if isinstance(source, fx.Node) and isinstance(asked, int) and value is not None:
+            return source, asked % value.dim()
+    return None
