@@ -56,6 +56,13 @@ class State:
         """Forward of a compiled module."""
         if not self._drops(module):
             return _original_forward(module, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():  # it would capture the search for a specialisation, and lose the draws
+            from dropfx.uncaptured import uncaptured
+
+            return uncaptured(self._run, module, args, kwargs)
+        return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if runtime.disabled:
             with runtime.keeping_all():
                 return _original_forward(module, args, kwargs)
