@@ -88,6 +88,7 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
     """
     graph = copy_of(module.graph)
     _prepare(module.graph, graph, naming)
+    _spell_out_sizes(module.graph, graph)
     context = _context(graph, options)
     graph = run_passes(module, graph, PIPELINE, context)
     parts = []
@@ -151,7 +152,8 @@ def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming) -> None:
     effects = 0
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
         value = source.meta.get("example_value")
-        node.meta["val"] = pytree.tree_map(memory.concrete, value)
+        leaves = tuple(value) if isinstance(value, torch.Size) else value  # a leaf to pytree
+        node.meta["val"] = pytree.tree_map(memory.concrete, leaves)
         if value is None and node.op in ("call_function", "call_method"):
             node.meta["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
             effects += 1
@@ -161,6 +163,27 @@ def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming) -> None:
                 int(value.shape[DROPOUT_FUNCTIONS[node.target]])  # its units must not vary: Dynamo guards on them
             rate = source.args[1] if len(source.args) > 1 else source.kwargs.get("p", 0.5)
             node.meta["site"] = {"name": naming.sites[source], "rate": _rate(rate), "live": None}
+
+
+def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
+    """view(x, size(y)) -> view(x, (size(y, 0), size(y, 1), 96)): passes take sizes one by one."""
+    for source, node in zip(captured.nodes, list(graph.nodes), strict=True):
+        value: Any = source.meta.get("example_value")
+        if not isinstance(value, torch.Size):
+            continue
+        with graph.inserting_after(node):
+            if node.op == "call_method":
+                fixed: tuple[Any, ...] = tuple(value)
+                sizes = [_size(graph, node, dim) if isinstance(s, torch.SymInt) else s for dim, s in enumerate(fixed)]
+            else:  # torch.Size of a list
+                sizes = list(node.args[0])
+        substitute(graph, node, tuple(sizes))
+
+
+def _size(graph: fx.Graph, whole: fx.Node, dim: int) -> fx.Node:
+    made = graph.call_method("size", (whole.args[0], dim))
+    made.meta = {**whole.meta, "val": whole.meta["val"][dim]}
+    return made
 
 
 def _rate(rate: Any) -> Any:
@@ -232,7 +255,7 @@ def _bind(graph: fx.Graph, context: Context, fakes: FakeTensorMode | None, namin
                     nodes[field].replace_all_uses_with(graph.call_method("size", (nodes["starts"], -1)))
                 graph.erase_node(nodes[field])
             else:
-                _substitute(graph, nodes[field], value)
+                substitute(graph, nodes[field], value)
     return Part(draws, inputs, examples, len(context.draws) if context.options.groups > 1 else 0)
 
 
@@ -242,7 +265,7 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
-def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+def substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     def put(operand: fx.Node) -> Any:
         return value if operand is node else operand
 

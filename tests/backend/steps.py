@@ -22,11 +22,10 @@ def eager(model: nn.Module, **options: Any) -> nn.Module:
     return dropfx.compile(copy.deepcopy(model), **{"min_speedup": 0, **options})
 
 
-def captured(model: nn.Module, mode: str | None = None, **options: Any) -> nn.Module:
+def captured(model: nn.Module, **options: Any) -> nn.Module:
     return torch.compile(
         copy.deepcopy(model),
         backend="dropfx",
-        mode=mode,
         options={"inner": "aot_eager", "min_speedup": 0, **options},
     )
 
