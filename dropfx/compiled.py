@@ -73,6 +73,8 @@ class State:
         """Whether anything may drop: the module or any part of it is in training mode."""
         if module.training:
             return True
+        if torch.compiler.is_dynamo_compiling():  # which guards on what it reads: the list below would come as a change
+            return any(m.training for m in module.modules())
         if self._modules is None:
             self._modules = list(module.modules())
         return any(m.training for m in self._modules)

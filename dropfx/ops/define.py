@@ -48,8 +48,8 @@ def first_derivative_only(op: Any) -> None:
 
 
 def fresh(out: Tensor) -> Tensor:
-    """A registered op may not return a view of its input."""
-    return out.clone() if out._is_view() else out
+    """A registered op may not return a view of its input, and its strides are those of its fake."""
+    return out.clone(memory_format=torch.contiguous_format) if out._is_view() else out
 
 
 _library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
