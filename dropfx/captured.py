@@ -86,6 +86,8 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
     Raises:
         PassError: a pass failed.
     """
+    if _transformed(module.graph):
+        return module, []
     graph = copy_of(module.graph)
     _prepare(module.graph, graph, naming)
     _spell_out_sizes(module.graph, graph)
@@ -105,6 +107,12 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
             parts += inner
     whole.recompile()
     return whole, parts
+
+
+def _transformed(graph: fx.Graph) -> bool:
+    """Whether a transform of torch.func is inside; its tensors stand for others, which the gathered ops do not know."""
+    modules = [getattr(n.target, "__module__", None) or "" for n in graph.nodes if n.op == "call_function"]
+    return any(name.startswith(("torch._functorch", "torch._C._functorch")) for name in modules)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:

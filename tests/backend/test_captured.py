@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -200,3 +201,52 @@ def test_selective_checkpoint_keeps_its_policy() -> None:
         compiled(torch.randn(6, 48, dtype=torch.float64)).sum().backward()
     assert len(masks[0]) == 1
     assert torch.ops.dropfx.linear.default in asked
+
+
+TRANSFORMS: dict[str, Any] = {
+    "vmap": lambda m: lambda x: torch.func.vmap(m, randomness="same")(x[None]),
+    "grad": lambda m: torch.func.grad(lambda x: m(x).square().sum()),
+    "jvp": lambda m: lambda x: torch.func.jvp(m, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_run_as_written(name: str) -> None:
+    model, x = mlp(48, 96, 8, activation=nn.Tanh), torch.randn(6, 48)
+    given = {"inner": "eager", "min_speedup": 0}
+    compiled = torch.compile(TRANSFORMS[name](model), backend="dropfx", options=given)
+    plain = torch.compile(TRANSFORMS[name](model), backend="eager")
+    with dropfx.testing.record() as masks:
+        torch.manual_seed(3)
+        ours = compiled(x)
+    assert not masks
+    torch.manual_seed(3)
+    assert torch.equal(ours, plain(x))
+
+
+class Nested(nn.Module):
+    """A checkpoint in a checkpoint, with sites in both and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = mlp(48, 96, 48, activation=nn.Tanh), nn.Dropout(0.5)
+        self.inner, self.outer = nn.Linear(48, 48), nn.Linear(48, 8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        h = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+        return self.inner(self.drop(torch.tanh(h + x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.utils.checkpoint.checkpoint(self.middle, x, use_reentrant=False)
+        return self.outer(F.dropout(h.tanh(), 0.25))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}], ids=str)
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("inner", INNER)
+def test_checkpoint_in_a_checkpoint(inner: str, dynamic: bool | None, options: dict[str, Any]) -> None:
+    original, given = Nested().double(), {"inner": inner, "min_speedup": 0, **options}
+    compiled = torch.compile(copy.deepcopy(original), backend="dropfx", dynamic=dynamic, options=given)
+    for rows in (6, 5):
+        x = torch.randn(rows, 48, dtype=torch.float64)
+        check(original, compiled, one_backward, x, sites={"net.2", "drop", ":dropout_1"})

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import dropfx
 from tests import comparison, oracle
@@ -154,6 +155,7 @@ def test_functional_call(name: str) -> None:
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_caches_off_and_on(inner: str, enabled: bool) -> None:
+    counters.clear()
     original = tanh_mlp()
     functorch, inductor = torch._functorch.config, torch._inductor.config
     for _ in range(2):  # the second time out of the cache
@@ -162,6 +164,9 @@ def test_compile_caches_off_and_on(inner: str, enabled: bool) -> None:
             compiled = captured(original, inner=inner)
             first, second = (check(original, compiled, one_backward, batch(), sites=SITES) for _ in range(2))
         assert not torch.equal(first[0]["2"], second[0]["2"])
+    if inner == "inductor":
+        found = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        assert (found > 0) == enabled
 
 
 @pytest.mark.slow
