@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,11 @@ from tests import comparison, oracle
 Call = Callable[..., Any]
 Step = Callable[[Call, nn.Module, Tensor], Tensor]
 """step(call, model, x) runs forwards as call(x) and a backward; returns what is compared besides the gradients."""
+
+
+def slow(*values: Any) -> Any:
+    """Parameters of a test that is left to the slow ones: another like it is quick."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def eager(model: nn.Module, **options: Any) -> nn.Module:

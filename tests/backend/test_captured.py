@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.backend.steps import captured, captured_eagerly, check, one_backward
+from tests.backend.steps import captured, captured_eagerly, check, one_backward, slow
 from tests.case import mlp
 
-INNER = ["eager", "aot_eager"]
+INNER = [slow("eager"), "aot_eager"]
 
 
 @torch.library.custom_op("dropfx_tests::count", mutates_args=("calls",))
@@ -241,8 +241,8 @@ class Nested(nn.Module):
         return self.outer(F.dropout(h.tanh(), 0.25))
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}], ids=str)
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("options", [slow({}), {"groups": 2}, slow({"pattern": "row"})], ids=str)
+@pytest.mark.parametrize("dynamic", [True, slow(None)])
 @pytest.mark.parametrize("inner", INNER)
 def test_checkpoint_in_a_checkpoint(inner: str, dynamic: bool | None, options: dict[str, Any]) -> None:
     original, given = Nested().double(), {"inner": inner, "min_speedup": 0, **options}

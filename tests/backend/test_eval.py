@@ -12,10 +12,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import dropfx
-from tests.backend.steps import FRONT_ENDS, captured
+from tests.backend.steps import FRONT_ENDS, captured, slow
 from tests.case import mlp
 
-INNER = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+INNER = [slow("eager"), "aot_eager", slow("inductor")]
 
 
 class Normed(nn.Module):

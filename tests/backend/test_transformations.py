@@ -13,13 +13,13 @@ from torch._dynamo.utils import counters
 
 import dropfx
 from tests import comparison, oracle
-from tests.backend.steps import FRONT_ENDS, Call, captured, check, one_backward
+from tests.backend.steps import FRONT_ENDS, Call, captured, check, one_backward, slow
 from tests.case import mlp
 
 SITES = {"2", "5"}
 
 
-@pytest.fixture(params=FRONT_ENDS)
+@pytest.fixture(params=[slow(name) if name == "backend_eager" else name for name in FRONT_ENDS])
 def front(request: pytest.FixtureRequest) -> Any:
     return FRONT_ENDS[request.param]
 
@@ -122,8 +122,14 @@ class Checkpointed(nn.Module):
         return self.outer(self.drop(torch.tanh(x)))
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}], ids=str)
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "options"),
+    [
+        *[(False, {}), (True, {"groups": 2}), (False, {"pattern": "row"})],
+        *[slow(True, {}), slow(False, {"groups": 2}), slow(True, {"pattern": "row"})],
+    ],
+    ids=str,
+)
 def test_checkpoints_inside_of_a_captured_graph(reentrant: bool, options: dict[str, Any]) -> None:
     """Their bodies are rewritten too, with the draws as operands."""
     original = Checkpointed(reentrant).double()
