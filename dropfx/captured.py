@@ -287,6 +287,8 @@ def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -
     """A draw as the inner compiler sees it; `varies`: by how many units it keeps."""
     if mode is None:
         return value
+    if varies and value.size(-1) < 2:  # a compiler would take a size of 1 for one that never varies
+        value = value.new_zeros(*value.shape[:-1], 2)
     sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC if varies else DimDynamic.STATIC]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))

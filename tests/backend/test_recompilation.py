@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import dropfx
+from dropfx.patterns import Row
 from tests.backend.steps import captured, check, one_backward, slow
 from tests.case import mlp
 
@@ -63,6 +64,30 @@ def test_a_thousand_steps(pattern: str, inner: str) -> None:
 def test_a_thousand_steps_of_inductor(pattern: str) -> None:
     run_steps(captured(mlp(48, 96, 8), inner="inductor", pattern=pattern), 1000)
     assert graphs() <= 2
+
+
+class Few(Row):
+    """Keeps one unit in its first draw."""
+
+    def choose(self, hashed: Tensor, realisation: Any) -> Any:
+        kept = super().choose(hashed, realisation)
+        while not self.__dict__.get("begun") and kept[0].starts.size(-1) * kept[0].run > 1:
+            hashed = hashed + 0x9E3779B97F4A7C1
+            kept = super().choose(hashed, realisation)
+        object.__setattr__(self, "begun", True)
+        return kept
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
+def test_one_kept_unit_in_the_draw_that_is_compiled_with(inner: str) -> None:
+    original = mlp(48, 8, 8, activation=nn.Tanh, p=0.75).double()
+    compiled = captured(original, inner=inner, pattern=Few(max_period=8))
+    counts = set()
+    for step in range(12):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            masks = check(original, compiled, one_backward, torch.randn(6, 48).double(), sites={"2"})
+        counts.add(int(masks[0]["2"].count_nonzero()))
+    assert {1, 2} <= counts
 
 
 DYNAMIC = [True, False, None]
