@@ -6,32 +6,23 @@ inputs of what goes on to Inductor, so that no partitioner can redraw, merge or 
 
 from __future__ import annotations
 
-import re
+import difflib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.source import ConstantSource
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-from torch.utils import _pytree as pytree
 
-from dropfx.devices import costs_of
+from dropfx.captured import Naming, Part, copy_of, results_of, rewrite
 from dropfx.errors import InvalidOption, PassError
-from dropfx.options import make_options
-from dropfx.pass_infra import Context, Options, run_passes
-from dropfx.passes import PIPELINE
-from dropfx.runtime import numbers_of_their_own, runtime
-from dropfx.sharding import is_distributed
-from dropfx.site_draws import SiteDraws
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
+from dropfx.options import NAMES, make_options
+from dropfx.pass_infra import Options
+from dropfx.runtime import OTHER_RANDOM, runtime
 
 INNER = ("inductor", "aot_eager", "eager")
+BACKEND_NAMES = (*NAMES, "inner", "inner_options")
 Compiled = Callable[..., Sequence[Any]]
 
 
@@ -50,167 +41,96 @@ def backend(
         mode: Inductor's, such as "reduce-overhead".
 
     Raises:
-        InvalidOption (ValueError): an option is unknown or not accepted.
+        InvalidOption (ValueError): an option is unknown or not accepted. Dynamo shows it inside of its own
+            BackendCompilerFailed, as `inner_exception`.
     """
-    given = dict(options or {})
-    inner, inner_options = given.pop("inner", "inductor"), given.pop("inner_options", None)
-    compile_inner: Callable[..., Compiled] = _inner(inner, inner_options, mode)
-    checked = make_options(**given)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
-    results = len(_results(module.graph))
-    if not _prepare(module.graph, graph):
+    checked, inner, inner_options = _checked({} if options is None else options)
+    compile_inner = _inner(inner, inner_options, mode)
+    naming = Naming(module)
+    if not naming.sites and not _drops_otherwise(module):
         return compile_inner(module, example_inputs)
-    context = _context(graph, checked)
+    results = len(results_of(module.graph))
+    as_written = fx.GraphModule(module, copy_of(module.graph))
     try:
-        run_passes(module, graph, PIPELINE, context)
+        rewritten, parts = rewrite(module, checked, naming)
     except PassError as error:
         warnings.warn(f"dropfx: {error}; the graph is compiled as written", RuntimeWarning, stacklevel=2)
-        return compile_inner(module, example_inputs)
-    if not any(site.rewritten for site in context.sites):
-        return compile_inner(module, example_inputs)
-    draws = SiteDraws(context, [site.realisation for site in context.sites])
-    names, examples = _bind(graph, context, draws)
-    fakes = detect_fake_mode([n.meta.get("example_value") for n in module.graph.nodes])
-    inputs = [
-        _fake(f"{field}_{index}", value, checked.pattern.on_host and field != "lattice", fakes)
-        for (index, field), value in zip(names, examples, strict=True)
-    ]
-    compiled = compile_inner(fx.GraphModule(module, graph), [*example_inputs, *inputs])
+        parts = []
+    draws = [example for part in parts for example in part.examples]
+    compiled = compile_inner(rewritten if parts else module, [*example_inputs, *draws])
 
     def run(*args: Any) -> Sequence[Any]:
+        if runtime.disabled:
+            with runtime.keeping_all():
+                return tuple(as_written(*args))
+        if not parts:
+            return compiled(*args)
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
             # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
-            return compiled(*args, *inputs)[:results]
+            return compiled(*args, *draws)[:results]
         with runtime.outermost():
-            drawn = draws.draw()
-            outputs = compiled(*args, *(getattr(drawn[index], field) for index, field in names))
+            drawn = [part.draws.draw() for part in parts]
+            places = zip(drawn, parts, strict=True)
+            outputs = compiled(*args, *(getattr(d[index], field) for d, part in places for index, field in part.inputs))
             if runtime.frame is not None:
-                draws.record(drawn, outputs[results:])
+                _record(parts, drawn, list(outputs[results:]))
         return outputs[:results]
 
     return run
 
 
-def _inner(inner: str, inner_options: dict[str, Any] | None, mode: str | None) -> Callable[..., Any]:
+def _record(parts: list[Part], drawn: list[dict[int, Any]], rows: list[int]) -> None:
+    for part, draws in zip(parts, drawn, strict=True):
+        part.draws.record(draws, rows[: part.rows])
+        rows = rows[part.rows :]
+
+
+def _drops_otherwise(module: fx.GraphModule) -> bool:
+    """Whether the graph has random functions that are no sites, but that `dropfx.disabled` turns off."""
+    return any(node.target in OTHER_RANDOM for node in module.graph.nodes if node.op == "call_function")
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def _checked(options: Any) -> tuple[Options, Any, Any]:
+    """The options of `dropfx.compile`, inner and inner_options."""
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise InvalidOption(f"options: got {options!r}, accepted is a dict by the names {', '.join(BACKEND_NAMES)}")
+    given = dict(options)
+    inner, inner_options = given.pop("inner", "inductor"), given.pop("inner_options", None)
+    return make_options(accepted=BACKEND_NAMES, **given), inner, inner_options
+
+
+def _inner(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Compiled]:
+    """What compiles the rewritten graph."""
     if inner not in INNER:
         raise InvalidOption(f"inner: got {inner!r}, accepted are {', '.join(map(repr, INNER))}")
     if inner_options is not None and not isinstance(inner_options, dict):
         raise InvalidOption(f"inner_options: got {inner_options!r}, accepted is a dict of Inductor's options")
-    if inner != "inductor":
-        if inner_options or mode not in (None, "default"):
-            raise InvalidOption(f"inner_options and mode are Inductor's, but inner is {inner!r}")
-        return lookup_backend(inner)
-    from torch._inductor.compile_fx import compile_fx  # slow to import, and not needed for the other two
-
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(inner_options or {})}
-
-    def inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_fx(module, inputs, config_patches=patches)
-
-    return inductor
+    if inner == "inductor":
+        return _inductor(inner_options, mode)
+    for name, given in (("inner_options", inner_options), ("mode", mode)):
+        if given:
+            raise InvalidOption(f"{name}: got {given!r}, which is Inductor's, but inner is {inner!r}: leave it out")
+    return lookup_backend(inner)
 
 
-def _results(graph: fx.Graph) -> Sequence[Any]:
-    results: Any = graph.output_node().args[0]
-    return tuple(results)
+def _inductor(options: dict[str, Any] | None, mode: str | None) -> Callable[..., Compiled]:
+    import torch._inductor  # slow, and not needed for the other two
 
-
-# -- from Dynamo's graph to the form of the passes ------------------------------------------------------------------
-
-
-def _prepare(captured: fx.Graph, graph: fx.Graph) -> bool:
-    """Give the copied nodes `val` and `site`; False where no dropout is active, or none may be rewritten."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    calls: Counter[str] = Counter()
-    dropouts = 0
-    for source, node in zip(captured.nodes, graph.nodes, strict=True):
-        value = source.meta.get("example_value")
-        if any(map(is_distributed, pytree.tree_leaves(value))):
-            return False  # tensor-parallel: its ranks work on one result, and must drop alike
-        node.meta["val"] = pytree.tree_map(lambda leaf: _concrete(leaf, mode), value)
-        if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
-            dropouts += 1
-            if isinstance(value, Tensor):
-                int(value.shape[DROPOUT_FUNCTIONS[node.target]])  # its units must not vary: Dynamo guards on them
-            rate = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-            node.meta["site"] = {"name": _site_name(source, calls), "rate": rate, "live": None}
-    return dropouts > 0
-
-
-def _concrete(value: Any, mode: FakeTensorMode) -> Any:
-    """The value that Dynamo traced with, of the sizes that it had; None where these are known only when it runs."""
-    if isinstance(value, torch.SymInt):
-        return value.node.hint
-    if not isinstance(value, Tensor):
-        return value
-    sizes, strides = ([_concrete(s, mode) for s in numbers] for numbers in (value.shape, value.stride()))
-    if None in sizes or None in strides:
-        return None
-    with mode:
-        made = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-    return made.requires_grad_(value.requires_grad)
-
-
-def _site_name(node: fx.Node, calls: Counter[str]) -> str:
-    """Path of the module that drops, as `dropfx.compile` names it."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, cls = stack[-1] if stack else ("", None)
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)
-    if cls in DROPOUT_MODULES:
-        calls[path] += 1
-        return path if calls[path] == 1 else f"{path}#{calls[path]}"
-    calls[f"{path}:"] += 1
-    return f"{path}:dropout_{calls[f'{path}:']}"
-
-
-def _context(graph: fx.Graph, options: Options) -> Context:
-    devices = [v.device for n in graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
-    return Context(options, costs_of(devices[0] if devices else torch.device("cpu")), eager=False)
-
-
-# -- and on to the inner compiler -----------------------------------------------------------------------------------
-
-
-def _bind(graph: fx.Graph, context: Context, draws: SiteDraws) -> tuple[list[tuple[int, str]], list[Tensor]]:
-    """Keep the tensors of the draws as inputs, and put the numbers, which never change, in their places.
-
-    Returns (site, field) of each input, in order, and an example of each.
-    """
-    with numbers_of_their_own():
-        examples = draws.draw()
-    names: list[tuple[int, str]] = []
-    values: list[Tensor] = []
-    for index, nodes in context.draws.items():
-        for field in context.options.pattern.fields:
-            value = getattr(examples[index], field)
-            if isinstance(value, Tensor):
-                names.append((index, field))
-                values.append(value)
-                nodes[field]._dynamo_source = None
-            elif field == "width" and context.options.pattern.on_host:  # the count of runs, of one unit each
-                with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-                    nodes[field].replace_all_uses_with(graph.call_method("size", (nodes["starts"], -1)))
-                graph.erase_node(nodes[field])
-            else:
-                _substitute(graph, nodes[field], value)
-    return names, values
-
-
-def _substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
-    def put(operand: fx.Node) -> Any:
-        return value if operand is node else operand
-
-    for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, put)
-        user.kwargs = fx.node.map_arg(user.kwargs, put)
-    graph.erase_node(node)
-
-
-def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -> Tensor:
-    """A draw as the inner compiler sees it; `varies`: by how many units it keeps."""
-    if mode is None:
-        return value
-    sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC if varies else DimDynamic.STATIC]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise InvalidOption(f"mode: got {mode!r}, accepted are {', '.join(map(repr, modes))}")
+    accepted = torch._inductor.list_options()
+    for name in options or {}:
+        if str(name).replace("-", "_") not in accepted:
+            hint = "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(str(name), accepted, 1))
+            raise InvalidOption(
+                f"inner_options: got {name!r}, accepted are the names of torch._inductor.list_options(){hint}"
+            )
+    try:
+        made: Callable[..., Compiled] = torch._TorchCompileInductorWrapper(mode, options, None)
+    except RuntimeError as error:  # a value of another type
+        raise InvalidOption(f"inner_options: got {options!r}: {error}") from None
+    return made

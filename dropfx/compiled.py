@@ -57,6 +57,13 @@ class State:
         """Forward of a compiled module."""
         if not self._drops(module):
             return _original_forward(module, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():  # it would capture the search for a specialisation, and lose the draws
+            from dropfx.uncaptured import uncaptured
+
+            return uncaptured(self._run, module, args, kwargs)
+        return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if runtime.disabled:
             with runtime.keeping_all():
                 return _original_forward(module, args, kwargs)
@@ -67,6 +74,8 @@ class State:
         """Whether anything may drop: the module or any part of it is in training mode."""
         if module.training:
             return True
+        if torch.compiler.is_dynamo_compiling():  # which guards on what it reads: the list below would come as a change
+            return any(m.training for m in module.modules())
         if self._modules is None:
             self._modules = list(module.modules())
         return any(m.training for m in self._modules)

@@ -60,8 +60,8 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def impure(node: fx.Node) -> bool:
-    """A node that must stay though nobody reads it: module calls, random numbers, writes in place."""
-    if node.op in ("placeholder", "output", "call_module"):
+    """A node that must stay though nobody reads it: module calls, random numbers, writes in place, what sets a mode."""
+    if node.op in ("placeholder", "output", "call_module") or "effect" in node.meta or node.is_impure():
         return True
     name = op_name(node)
     if node.op != "get_attr" and not name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,18 +24,20 @@ def make_options(
     groups: int | str = 1,
     lowering: str = "auto",
     min_speedup: float = 1.05,
+    *,
+    accepted: Sequence[str] = NAMES,
     **unknown: Any,
 ) -> Options:
-    """Check the options and make the record that the passes use.
+    """Check the options and make the record that the passes use; `accepted`: all that the front end takes.
 
     Raises:
         InvalidOption: an option is unknown or not accepted.
         LoweringUnavailable: the lowering cannot run here.
     """
     for name in unknown:
-        close = difflib.get_close_matches(name, NAMES, 1)
+        close = difflib.get_close_matches(name, accepted, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(NAMES)}{hint}")
+        raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(accepted)}{hint}")
     if type(groups) is not int or groups < 1:
         raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws a batch)")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:

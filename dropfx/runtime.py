@@ -131,6 +131,8 @@ class _KeepAll(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_dynamo_compiling():  # what is captured here runs as written when it is called
+            return func(*args, **kwargs)
         if func is Tensor.backward:
             return backward_under(self, *args, **kwargs)
         if not runtime.keeping and torch._C._current_graph_task_id() == -1:
@@ -153,3 +155,6 @@ class _KeepAll(TorchFunctionMode):
 _IDENTITY = (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_dropout)
 _RECURRENT = {torch.lstm: 6, torch.gru: 6, torch.rnn_tanh: 6, torch.rnn_relu: 6}
 """Recurrent function -> position of its dropout rate, with batch sizes of packed input given."""
+
+OTHER_RANDOM = frozenset((*_IDENTITY, *_RECURRENT, F.scaled_dot_product_attention, F.multi_head_attention_forward))
+"""What `disabled` turns off besides the dropouts that can be sites."""

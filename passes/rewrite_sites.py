@@ -22,7 +22,7 @@ from dropfx.regions import same_rows
 def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
     """Place the conversions, then replace the dropouts."""
     graph = module.graph
-    converted: dict[tuple[fx.Node, Form | None], fx.Node] = {}
+    converted: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         reads = node.meta.get("reads", {})
         for operand in node.all_input_nodes:
@@ -69,13 +69,14 @@ def _take(
     reader: fx.Node,
     form: Form,
     context: Context,
-    done: dict[tuple[fx.Node, Form | None], fx.Node],
+    done: dict[Any, fx.Node],
 ) -> fx.Node:
     graph = source.graph
     if context.draws[form.site].get("leading") and not same_rows(dense, reader, form.axis):
         like = next(o for o in reader.all_input_nodes if same_rows(o, reader, form.axis))
         source = graph.call_function(ops.spread_rows, (source, like, form.axis.dim))
-    key = (source, form)
+    # under another grad mode or autocast it would be another value
+    key = (source, form, reader.meta.get("after_effects"))
     if key not in done or "pinned" in dense.meta:  # a write between two readers changes what they take
         starts, run, leading = kept_of(graph, form, context)
         done[key] = insert(graph, ops.take_op, (source, starts, run, form.axis.dim, leading), like=dense)
@@ -84,7 +85,7 @@ def _take(
     return done[key]
 
 
-def _put(operand: fx.Node, form: Form, context: Context, done: dict[tuple[fx.Node, Form | None], fx.Node]) -> fx.Node:
+def _put(operand: fx.Node, form: Form, context: Context, done: dict[Any, fx.Node]) -> fx.Node:
     key = (operand, None)
     if key not in done:
         graph, value = operand.graph, value_of(operand)

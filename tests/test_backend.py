@@ -197,20 +197,6 @@ def test_draws_as_compile_does() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in ("2", "5"))
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"inner": "nothing"}, "inner"),
-        ({"patern": "block"}, "patern"),
-        ({"inner": "eager", "inner_options": {"a": 1}}, "inner"),
-    ],
-)
-def test_wrong_options_name_themselves(options: dict[str, Any], name: str) -> None:
-    compiled = torch.compile(mlp(48, 96, 8), backend="dropfx", options=options)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=name):
-        compiled(torch.randn(4, 48))
-
-
 def test_small_layers_are_left_to_the_inner_compiler() -> None:
     compiled = torch.compile(mlp(16, 16, 4), backend="dropfx", options={"inner": "eager"})
     with recording() as masks:

@@ -51,8 +51,8 @@ def first_derivative_only(
 
 
 def fresh(out: Tensor) -> Tensor:
-    """A registered op may not return a view of its input."""
-    return out.clone() if out._is_view() else out
+    """A registered op may not return a view of its input, and its strides are those of its fake."""
+    return out.clone(memory_format=torch.contiguous_format) if out._is_view() else out
 
 
 def whole(out: Tensor) -> Tensor:

@@ -1,0 +1,18 @@
+"""Calls that Dynamo leaves to Python. Imports torch._dynamo, which is slow: only for where that is already loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch._dynamo import disable
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+uncaptured = disable(
+    _call, reason="a model of dropfx.compile draws before its graph runs; backend='dropfx' takes the model itself"
+)
+"""uncaptured(f, *args) = f(*args), with a break of the graph around it."""
