@@ -28,6 +28,8 @@ def tensor_parallel(module: nn.Module, inputs: Any = ()) -> bool:
 
     The ranks of such a model compute parts of one result. Draws are a rank's own, and would tear the parts asunder.
     """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False  # without a look at all tensors, which a call that cannot be traced would pay for each time
     if any(map(is_distributed, pytree.tree_leaves(inputs))):
         return True
     found = [t for t in itertools.chain(module.parameters(), module.buffers()) if is_distributed(t)]

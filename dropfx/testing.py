@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from dropfx.compiled import State, swap
 from dropfx.compiler import check_inputs, check_model
-from dropfx.errors import InvalidInput, NotEquivalent
+from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
+from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -64,11 +65,14 @@ def assert_equivalent(
         rtol, atol: override TOLERANCES.
 
     Raises:
+        InvalidModel (TypeError): as `explain` does, and for tensor-parallel models, of which nothing is compiled.
         NotEquivalent (AssertionError): names each tensor that differs and by how much.
     """
     check_model(model)
     checked = _options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
+    if tensor_parallel(model, (inputs, kwargs)):
+        raise InvalidModel(f"model: nothing of it is compiled, there is nothing to compare: {TENSOR_PARALLEL}")
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
     swap(compiled, State(checked, quiet=True))
     with generators_kept():

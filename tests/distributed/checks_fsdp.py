@@ -109,6 +109,39 @@ def linears_with_shards_of_their_own() -> None:
 
 
 @checks
+def blocks_that_share_a_group() -> None:
+    model = compiled(make())
+    fully_shard(list(model.blocks))
+    train(make(), fully_shard(model), steps=2)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    for parameter in (*model.blocks[0].parameters(), model.head.bias):
+        parameter.requires_grad_(False)
+    return model
+
+
+@checks
+def frozen_parameters() -> None:
+    for shard in SHARDINGS:
+        steps.check_step(frozen(make()), shard(compiled(frozen(make()))))
+
+
+@checks
+def the_output_may_be_changed_in_place() -> None:
+    """FSDP2's hook on it survives, which it would not on a view."""
+    model, original = shard_root(compiled(make())), make()
+    x, cotangent = batch()
+    torch.manual_seed(0)
+    with steps.recording() as masks:
+        y = model(mine(x))
+    y.mul_(mine(cotangent)).sum().backward()
+    with oracle.replaced_dropout(original, steps.masks_of_all(masks, x)):
+        (original(x) * cotangent).sum().div(WORLD).backward()
+    same(gradients(model), gradients(original))
+
+
+@checks
 def gradients_accumulate_without_synchronisation() -> None:
     model = shard_blocks(compiled(make()))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests import oracle
 from tests.distributed.checks_dynamo import block_by_block, check_blocks, check_cut, options
 from tests.distributed.checks_fsdp import compiled, shard_blocks
 from tests.distributed.checks_tensor_parallel import check_under_dynamo
-from tests.distributed.harness import Checks
-from tests.distributed.steps import make, train
+from tests.distributed.harness import WORLD, Checks
+from tests.distributed.steps import SITES, batch, forward_backward, gradients, make, masks_of_all, same, train
 
 checks = Checks()
 
@@ -38,6 +41,28 @@ def sharded() -> None:
 def shards_of_every_pattern() -> None:
     for pattern in ({"pattern": "slice"}, {"pattern": "row"}, {"groups": 2}):
         train(make(), shard_blocks(compiled(make(), **pattern)), steps=2, between=(3,))
+
+
+@checks
+def replicated() -> None:
+    """The sibling of fully_shard that shards nothing."""
+    model = compiled(make())
+    replicate(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    train(make(), model, steps=2)
+
+
+@checks
+def first_fsdp() -> None:
+    """The wrapper that FSDP2 replaces."""
+    original, data = make(), batch()
+    model = FullyShardedDataParallel(compiled(make()), use_orig_params=True, device_id=torch.device("cpu"))
+    _, _, masks = forward_backward(model, data)
+    assert set(masks) == SITES
+    with oracle.replaced_dropout(original, masks_of_all(masks, data[0])):
+        ((original(data[0]) * data[1]).sum() / WORLD).backward()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        found = {name.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for name, p in model.named_parameters()}
+    same(found, gradients(original))
 
 
 @checks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,6 +52,8 @@ def parallelised_then_compiled() -> None:
     assert {site.name for site in report.sites} == steps.SITES
     assert all("tensor-parallel" in site.reason and not site.rewritten for site in report.sites)
     assert "tensor-parallel" in str(report)
+    with pytest.raises(dropfx.DropfxError, match="tensor-parallel"):
+        dropfx.testing.assert_equivalent(model, batch()[0])
     dropfx.compile(model, example_inputs=batch()[0], min_speedup=0)
     check_left_alone(model, parallel(make()))
 
