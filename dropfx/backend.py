@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import active_fake_mode
 
 from dropfx.captured import Naming, Part, copy_of, results_of, rewrite
 from dropfx.errors import InvalidOption, PassError
@@ -65,7 +66,7 @@ def backend(
                 return tuple(as_written(*args))
         if not parts:
             return compiled(*args)
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        if active_fake_mode() is not None:
             # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
             return compiled(*args, *draws)[:results]
         with runtime.outermost():
@@ -73,7 +74,7 @@ def backend(
             places = zip(drawn, parts, strict=True)
             outputs = compiled(*args, *(getattr(d[index], field) for d, part in places for index, field in part.inputs))
             if runtime.frame is not None:
-                _record(parts, drawn, list(outputs[results:]))
+                _record(parts, drawn, [row.size(0) for row in outputs[results:]])
         return outputs[:results]
 
     return run

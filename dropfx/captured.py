@@ -40,7 +40,7 @@ class Part(NamedTuple):
         draws: of its sites.
         inputs: (site, field of its draw) of each tensor that enters the graph.
         examples: these tensors, as an inner compiler sees them.
-        rows: how many lengths of leading axes the graph returns besides its results, for the record.
+        rows: how many tensors [length of a leading axis, 0] the graph returns behind its results, for the record.
     """
 
     draws: SiteDraws
@@ -96,6 +96,7 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
     graph = run_passes(module, graph, PIPELINE, context)
     parts = []
     if context.draws:
+        _lengths_as_tensors(graph, len(results_of(module.graph)), context)
         fakes = detect_fake_mode([n.meta.get("example_value") for n in module.graph.nodes])
         parts.append(_bind(graph, context, fakes, naming))
     whole = fx.GraphModule(module, graph)
@@ -140,6 +141,17 @@ def _checkpoints(module: Any, graph: fx.Graph) -> list[tuple[fx.Node, fx.GraphMo
     uses = Counter(n.args[0].target for n in calls)
     # Dynamo gives each checkpoint a body of its own; one that were shared would need draws for each use
     return [(n, module.get_submodule(n.args[0].target)) for n in calls if uses[n.args[0].target] == 1]
+
+
+def _lengths_as_tensors(graph: fx.Graph, results: int, context: Context) -> None:
+    """Return the lengths of leading axes as tensors [length, 0]: AOTAutograd does not take numbers everywhere."""
+    output = graph.output_node()
+    made: list[Any] = list(results_of(graph))
+    with graph.inserting_before(output):
+        for place, index in enumerate(context.draws if len(made) > results else (), results):
+            device: dict[str, Any] = {"device": context.sites[index].device}
+            made[place] = graph.call_function(torch.empty, ((made[place], 0),), device)
+    output.args = (tuple(made),)
 
 
 def _pass_on(graph: fx.Graph, checkpoint: fx.Node, parts: list[Part], naming: Naming) -> None:
