@@ -9,6 +9,7 @@ BENCHES = {
     "mlp": "dropfx.bench.mlp",
     "fidelity": "dropfx.bench.fidelity",
     "paper": "dropfx.bench.paper",
+    "gpu": "dropfx.bench.gpu",
 }
 
 

@@ -17,8 +17,9 @@ from dropfx import kernels
 from dropfx.kernels import Axis
 from dropfx.ops import linear, residual, tiles
 from dropfx.ops import units as unit_ops
-from dropfx.ops.define import autocast, define, first_derivative_only
+from dropfx.ops.define import autocast, define, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis
+from dropfx.ops.runs import stored_transposed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels multiply, with sums in float32."""
@@ -67,7 +68,7 @@ def _linear(
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {sums.width}")
     bias = None if bias is None else bias.contiguous()
     out = kernels.gathered_matmul(flat, weight, outs, sums, bias=bias, scale=scale, leading=leading)
-    return out.view(*x.shape[:-1], outs.width)
+    return whole(out.view(*x.shape[:-1], outs.width))
 
 
 def _linear_backward(
@@ -93,9 +94,12 @@ def _linear_backward(
         )
     dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if mask[0]:
-        dx = kernels.gathered_matmul(dy, weight.t(), k, n, scale=scale, leading=leading).view(x.shape)
+        dx = whole(kernels.gathered_matmul(dy, weight.t(), k, n, scale=scale, leading=leading).view(x.shape))
     if mask[1]:
-        dw = kernels.weight_gradient(dy, flat, n, k, scale, leading)
+        if stored_transposed(weight):
+            dw = kernels.weight_gradient(flat, dy, k, n, scale, leading).t()
+        else:
+            dw = kernels.weight_gradient(dy, flat, n, k, scale, leading)
     if mask[2]:
         db = kernels.bias_gradient(dy, n, leading)
     return dx, dw, db
@@ -121,7 +125,7 @@ def _tiled_linear(
     bias = None if bias is None else bias.contiguous()
     period, offset = lattice.tolist()
     out = kernels.tiled_matmul(flat, weight, (tile_rows, tile_cols), period, offset, bias=bias, scale=scale)
-    return out.view(*x.shape[:-1], weight.size(0))
+    return whole(out.view(*x.shape[:-1], weight.size(0)))
 
 
 def _tiled_linear_backward(
@@ -140,7 +144,9 @@ def _tiled_linear_backward(
     period, offset = lattice.tolist()
     dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if mask[0]:
-        dx = kernels.tiled_matmul(dy, weight.t(), (tile_cols, tile_rows), period, offset, scale=scale).view(x.shape)
+        dx = whole(
+            kernels.tiled_matmul(dy, weight.t(), (tile_cols, tile_rows), period, offset, scale=scale).view(x.shape)
+        )
     if mask[1]:
         dw = kernels.tiled_weight_gradient(dy, flat, (tile_rows, tile_cols), period, offset, scale)
     if mask[2]:

@@ -29,9 +29,6 @@ def eager(op: Any, function: type[torch.autograd.Function]) -> None:
     EAGER[op] = call
 
 
-_EAGER = "compile with dropfx.compile(model), whose eager path has one"
-
-
 def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `reference`, whose annotations give the schema, as `dropfx::name`; returns the overload."""
     torch.library.custom_op(f"dropfx::{name}", reference, mutates_args=())

@@ -16,8 +16,11 @@ from dropfx import kernels
 from dropfx.kernels import Axis
 from tests.kernels.memory import guarded, guarded_outputs
 
-# the interpreter's exp of a large number, in a sigmoid that is 0 there
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    # the interpreter's exp of a large number, in a sigmoid that is 0 there
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

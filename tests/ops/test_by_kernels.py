@@ -15,6 +15,8 @@ from dropfx.errors import DoubleBackwardError
 from dropfx.ops.by_kernels import KERNELS
 from tests.case import mlp
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STARTS = torch.tensor([0, 16, 24], device=DEVICE)  # of 8 in 32 units
 RAGGED = torch.tensor([0, 8, 24], device=DEVICE)  # of 8 in 30 units
@@ -31,6 +33,10 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     linear = ops.linear_op
     return {
         "linear, cols": (linear, (leaf(2, 3, 24), leaf(20, 32), leaf(20), None, 0, STARTS, 8, 1.5)),
+        "linear, transposed": (
+            linear,
+            (leaf(6, 24), leaf(32, 20).t().detach().requires_grad_(), None, None, 0, STARTS, 8, 1.0),
+        ),
         "linear, rows": (linear, (leaf(6, 20), leaf(32, 20), None, STARTS, 8, None, 0, 1.0)),
         "linear, ragged": (linear, (leaf(6, 20), leaf(30, 20), leaf(30), RAGGED, 8, None, 0, 1.0)),
         "linear, groups": (linear, (leaf(5, 2, 24), leaf(20, 32), leaf(20), None, 0, GROUPED, 8, 1.5, 0, 5)),
@@ -61,9 +67,10 @@ def test_twins_agree(name: str) -> None:
     assert KERNELS[op] is not op
     for ours, theirs in zip(run(KERNELS[op], args), run(op, args), strict=True):
         torch.testing.assert_close(ours, theirs)
+        assert ours.stride() == theirs.stride()
 
 
-@pytest.mark.parametrize("name", ["linear, cols", "tiled", "take", "put", "residual"])
+@pytest.mark.parametrize("name", ["linear, cols", "linear, transposed", "tiled", "take", "put", "residual"])
 def test_opcheck(name: str) -> None:
     op, args = cases()[name]
     opcheck(KERNELS[op], args)
