@@ -11,6 +11,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import fx
@@ -137,7 +138,18 @@ class ScalarProxy(Proxy):
         return format(self._concrete(), spec)
 
 
-_OWN = ("dropfx.", "torch.")  # whose code asks what a proxy is, not what it stands for
+_OWN = ("dropfx", "torch")  # whose code asks what a proxy is, not what it stands for
+
+
+def _asked_by_us() -> bool:
+    """Whether the call of `isinstance` comes from us or PyTorch, directly or through Python's own library."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in sys.stdlib_module_names or package == "__main__":
+            return package in _OWN
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -151,7 +163,7 @@ def python_isinstance() -> Iterator[None]:
     def isinstance(obj: Any, classes: Any) -> bool:
         if original(obj, classes):
             return True
-        if type(obj) is Proxy and not sys._getframe(1).f_globals.get("__name__", "").startswith(_OWN):
+        if type(obj) is Proxy and not _asked_by_us():
             obj._refuse("asks the type of a value that only running it would tell")
         return type(obj) in (TensorProxy, ScalarProxy) and original(obj.value, classes)
 
