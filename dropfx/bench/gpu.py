@@ -8,11 +8,11 @@ import importlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,6 +25,9 @@ from dropfx.bench.harness import Ratio, quartiles
 from dropfx.bench.mlp import flop_ceiling
 from dropfx.bench.training import mlp
 from dropfx.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOWERINGS = ("aten", "triton")
 SIZES = (4096, 8192)
@@ -181,6 +184,17 @@ def table(results: list[Result]) -> Table:
     return made
 
 
+def _draw(results: list[Result], axes: Sequence[Axes]) -> None:
+    for place, name in enumerate(LOWERINGS):
+        rows = [index + 0.4 * place for index in range(len(results))]
+        axes[0].bar(rows, [result.ratios[name].median for result in results], width=0.4, label=name)
+    axes[0].plot(range(len(results)), [result.limit for result in results], "k_", label="limit")
+    names = [f"{result.what.partition(', forward')[0]}, p={result.rate:g}" for result in results]
+    axes[0].set_xticks(range(len(results)), names, rotation=90, fontsize=6)
+    axes[0].set_ylabel("times faster")
+    axes[0].legend()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dropfx bench gpu`."""
     parser.add_argument("--sizes", nargs="+", type=arguments.positive, default=SIZES, help="M = N = K (4096 8192)")
@@ -188,11 +202,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(bfloat16)")
     parser.add_argument("--rounds", type=arguments.positive, default=21, help="rounds of turns (default: 21)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter, a trial")
-    parser.add_argument("--out", default="dropfx-bench", metavar="DIR", help="folder of gpu.json and gpu.md")
+    parser.add_argument("--out", default="dropfx-bench", metavar="DIR", help="folder of gpu.json, .md, .png")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the benchmark, prints its table and writes JSON and Markdown. Returns the exit status.
+    """Runs the benchmark, prints its table and writes JSON, Markdown and a chart. Returns the exit status.
 
     Raises:
         InvalidOption: there is no GPU.
@@ -213,5 +227,6 @@ def main(args: argparse.Namespace) -> int:
     content = {"gpu": gpu, "cuda": torch.version.cuda, "dtype": args.dtype, "cases": [asdict(r) for r in results]}
     report.write_json(folder / "gpu.json", content)
     report.write_markdown(folder / "gpu.md", table(results))
+    console.print(report.chart(folder / "gpu.png", 1, partial(_draw, results), width=9), highlight=False)
     console.print(f"figures: {folder / 'gpu.json'}", highlight=False)
     return 0

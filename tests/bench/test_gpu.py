@@ -22,6 +22,7 @@ def test_trial(tmp_path: Path) -> None:
     torch._dynamo.reset()
     options = ["--sizes", "32", "--rates", ".5", "--rounds", "1", "--dtype", "float32", "--out", str(tmp_path)]
     assert main(["bench", "gpu", "--device", "cpu", *options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md", "gpu.png"]
     content = json.loads((tmp_path / "gpu.json").read_text())
     whats = [case["what"].partition(",")[0] for case in content["cases"]]
     assert whats == ["forward", "input gradient", "weight gradient", "both sides compact", "32-32-32-32"]
