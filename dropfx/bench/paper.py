@@ -79,7 +79,7 @@ def measure(case: Case, patterns: Sequence[str], rounds: int) -> Timing:
 
 def train_all(data: Dataset, rate: float, args: argparse.Namespace, progress: Progress) -> Outcome:
     """Test accuracies at one rate, by variant and seed."""
-    settings = argparse.Namespace(net=args.accuracy_net, rate=rate, batch=128, seeds=args.seeds)
+    settings = argparse.Namespace(net=args.accuracy_net, rate=rate, batch=128, seeds=args.seeds, schedule="constant")
     settings.variants = [NONE, BERNOULLI, *args.patterns]
     return fidelity.compare(data, args.epochs, settings, progress)
 
