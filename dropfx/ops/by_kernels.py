@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dropfx import kernels
 from dropfx.kernels import Axis
+from dropfx.kernels.interpreter import INTERPRETED
 from dropfx.ops import linear, residual, tiles
 from dropfx.ops import units as unit_ops
 from dropfx.ops.define import autocast, define, first_derivative_only, whole
@@ -30,7 +31,8 @@ KERNELS: dict[Any, Any] = {}
 
 def _served(*tensors: Tensor) -> bool:
     first = tensors[0]
-    return first.dtype in DTYPES and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+    here = first.device.type == "cuda" or INTERPRETED
+    return here and first.dtype in DTYPES and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
 
 
 def _leading(rows: int, *axes: KeptAxis) -> int | None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 import dropfx
-from dropfx import ops
+from dropfx import kernels, ops
 from dropfx.errors import DoubleBackwardError
+from dropfx.ops import by_kernels
 from dropfx.ops.by_kernels import KERNELS
 from tests.case import mlp
 
@@ -84,6 +85,15 @@ def test_double_precision_goes_to_the_reference(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_cpu_beside_a_gpu_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the interpreter no kernel runs on the CPU."""
+    monkeypatch.setattr(by_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "gathered_matmul", None)
+    x, weight = torch.randn(6, 24), torch.randn(20, 32)
+    args = (x, weight, None, None, 0, STARTS.cpu(), 8, 1.0)
+    assert torch.equal(KERNELS[ops.linear_op](*args), ops.linear_op(*args))
+
+
 def test_the_second_derivative_is_a_named_error() -> None:
     op, args = cases()["linear, rows"]
     (grad,) = torch.autograd.grad(KERNELS[op](*args).square().sum(), args[0], create_graph=True)
@@ -122,11 +132,11 @@ def test_lowered_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         dropfx.kernels, "gathered_matmul", lambda *a, **k: (called.append("kernel"), linear(*a, **k))[1]
     )
-    for lowering, kernels in (("aten", 0), ("triton", 6)):
+    for lowering, launches in (("aten", 0), ("triton", 6)):
         called.clear()
         model = dropfx.compile(mlp(24, 40, 64, 8).to(DEVICE), lowering=lowering, min_speedup=0)
         model(torch.randn(6, 24, device=DEVICE, requires_grad=True)).sum().backward()
-        assert len(called) == kernels
+        assert len(called) == launches
 
 
 @pytest.mark.parametrize("pattern", ["block", "tile"])
