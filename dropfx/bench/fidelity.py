@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,8 @@ def train(variant: str, data: Dataset, seed: int, args: argparse.Namespace, epoc
     return 100 * statistics.mean(accuracies)
 
 
-def compare(data: Dataset, epochs: int, args: argparse.Namespace, progress: Progress) -> Outcome:
-    """All variants with all seeds on one data set."""
+def compare(data: Dataset, epochs: int, args: argparse.Namespace, progress: Progress) -> Iterator[Outcome]:
+    """All variants with all seeds on one data set: after each seed, what is known so far."""
     variants = list(dict.fromkeys([BERNOULLI, *args.variants]))
     task = progress.add_task(data.name, total=args.seeds * len(variants))
     accuracy: dict[str, list[float]] = {variant: [] for variant in variants}
@@ -121,7 +121,7 @@ def compare(data: Dataset, epochs: int, args: argparse.Namespace, progress: Prog
             progress.update(task, description=f"{data.name}, seed {seed}, {variant}")
             accuracy[variant].append(train(variant, data, seed, args, epochs))
             progress.advance(task)
-    return Outcome(data.name, list(range(args.seeds)), accuracy)
+        yield Outcome(data.name, list(range(seed + 1)), {variant: list(found) for variant, found in accuracy.items()})
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
@@ -155,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=arguments.rate, default=0.5, help="drop rate (default: .5)")
     parser.add_argument("--batch", type=arguments.positive, default=128, help="batch size (default: 128)")
     parser.add_argument("--seeds", type=arguments.positive, default=5, help="number of seeds (default: 5)")
-    parser.add_argument("--epochs", type=arguments.positive, default=30, help="of the embedded data (default: 30)")
+    parser.add_argument("--epochs", type=arguments.natural, default=30, help="of the embedded data, 0: not at all (30)")
     parser.add_argument("--data-epochs", type=arguments.positive, default=5, help="of each DIR (default: 5)")
     parser.add_argument("--schedule", choices=SCHEDULES, default="constant", help="learning rate (default: constant)")
     parser.add_argument("--samples", type=arguments.natural, default=0, help="training images, 0: all (default)")
@@ -174,15 +174,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Trains all variants, prints the table and writes JSON, Markdown and a chart. Returns the exit status."""
     console = Console()
-    runs = [(datasets.load(), args.epochs)]
+    runs = [(datasets.load(), args.epochs)] if args.epochs else []
     runs += [(datasets.load(folder), args.data_epochs) for folder in args.data or []]
     folder = Path(args.out)
-    outcomes = []
+    if not runs:
+        raise InvalidOption("--epochs: got 0, which leaves the embedded data out, and no --data: nothing to train on")
+    outcomes: list[Outcome] = []
     with Progress(console=console) as progress:
-        for data, epochs in runs:
-            outcomes.append(compare(data.head(args.samples), epochs, args, progress))
-            # after each data set: a long run that ends early keeps what it has
-            report.write_json(folder / "fidelity.json", _content(outcomes, args))
+        for place, (data, epochs) in enumerate(runs):
+            for outcome in compare(data.head(args.samples), epochs, args, progress):
+                outcomes[place:] = [outcome]
+                # after each seed: a long run that ends early keeps what it has
+                report.write_json(folder / "fidelity.json", _content(outcomes, args))
     console.print(table(outcomes))
     report.write_markdown(folder / "fidelity.md", table(outcomes))
     console.print(report.chart(folder / "fidelity.png", len(outcomes), partial(_draw, outcomes)), highlight=False)

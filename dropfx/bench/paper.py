@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -24,6 +24,7 @@ from dropfx.bench.datasets import Dataset
 from dropfx.bench.fidelity import BERNOULLI, NONE, Outcome
 from dropfx.bench.mlp import Case, flop_ceiling
 from dropfx.bench.training import mlp, sgd, train_step
+from dropfx.errors import InvalidOption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,8 +78,8 @@ def measure(case: Case, patterns: Sequence[str], rounds: int) -> Timing:
     return Timing(case, seconds, {name: tiles if name == "tile" else units for name in patterns})
 
 
-def train_all(data: Dataset, rate: float, args: argparse.Namespace, progress: Progress) -> Outcome:
-    """Test accuracies at one rate, by variant and seed."""
+def train_all(data: Dataset, rate: float, args: argparse.Namespace, progress: Progress) -> Iterator[Outcome]:
+    """Test accuracies at one rate, by variant and seed: after each seed, what is known so far."""
     settings = argparse.Namespace(net=args.accuracy_net, rate=rate, batch=128, seeds=args.seeds, schedule="constant")
     settings.variants = [NONE, BERNOULLI, *args.patterns]
     return fidelity.compare(data, args.epochs, settings, progress)
@@ -143,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=arguments.positive, default=list(BATCHES), help="(128 1024)")
     parser.add_argument("--rates", nargs="+", type=arguments.rate, default=list(RATES), help="drop rates (.3 .5 .7)")
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), help="(row tile block slice)")
-    parser.add_argument("--rounds", type=arguments.positive, default=8, help="rounds of turns (default: 8)")
+    parser.add_argument("--rounds", type=arguments.natural, default=8, help="of turns; 0: no times (default: 8)")
     parser.add_argument("--accuracy-net", type=arguments.net, default=(784, 2048, 2048, 10), help="(784-2048-2048-10)")
     parser.add_argument("--seeds", type=arguments.natural, default=3, help="of the accuracies; 0: none (default: 3)")
     parser.add_argument("--epochs", type=arguments.positive, default=20, help="of the accuracies (default: 20)")
@@ -155,31 +156,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @malloc.tuned
 def main(args: argparse.Namespace) -> int:
     """Times all cases, trains one net for accuracy, writes JSON, Markdown and a chart. Returns the exit status."""
+    if not (args.rounds or args.seeds):
+        raise InvalidOption("--rounds and --seeds: got 0 for both: neither times nor accuracies to measure")
     console, folder = Console(), Path(args.out)
     timings: list[Timing] = []
     outcomes: dict[float, Outcome] = {}
     with Progress(console=console) as progress:
         cases = [Case(*case) for case in product(args.nets, args.batch, args.rates)]
-        for case in progress.track(cases, description="training steps"):
+        for case in progress.track(cases if args.rounds else [], description="training steps"):
             timings.append(measure(case, args.patterns, args.rounds))
         if args.seeds:
             data = datasets.load().head(args.samples)
             for rate in args.rates:
-                outcomes[rate] = train_all(data, rate, args, progress)
-    tables = [time_table(timings)]
+                for outcome in train_all(data, rate, args, progress):
+                    outcomes[rate] = outcome
+                    # after each seed: a long run that ends early keeps what it has
+                    _write(folder, timings, outcomes, args)
+    tables = [time_table(timings)] if timings else []
     if outcomes:
         tables.append(accuracy_table(outcomes, args.accuracy_net))
     for table in tables:
         console.print(table)
+    _write(folder, timings, outcomes, args)
+    report.write_markdown(folder / "paper.md", *tables)
+    if timings:
+        panels = len(args.nets) * len(args.batch)
+        line = report.chart(folder / "paper.png", panels, partial(_draw, timings), width=3.2)
+        console.print(line, highlight=False)
+    console.print(f"figures: {folder / 'paper.json'}", highlight=False)
+    return 0
+
+
+def _write(folder: Path, timings: Sequence[Timing], outcomes: dict[float, Outcome], args: argparse.Namespace) -> None:
     content = {
         "timings": [asdict(timing) for timing in timings],
         "accuracy": [{"rate": rate, "epochs": args.epochs, **asdict(o)} for rate, o in outcomes.items()],
         "paper": PAPER,
     }
     report.write_json(folder / "paper.json", content)
-    report.write_markdown(folder / "paper.md", *tables)
-    panels = len(args.nets) * len(args.batch)
-    line = report.chart(folder / "paper.png", panels, partial(_draw, timings), width=3.2)
-    console.print(line, highlight=False)
-    console.print(f"figures: {folder / 'paper.json'}", highlight=False)
-    return 0

@@ -13,7 +13,7 @@ def test_block_and_slice_lose_less_than_half_a_point() -> None:
     settings = argparse.Namespace(
         net=(784, 2048, 2048, 10), rate=0.5, batch=128, seeds=5, schedule="constant", variants=["block", "slice"]
     )
-    outcome = fidelity.compare(datasets.load(), 20, settings, Progress(disable=True))
+    *_, outcome = fidelity.compare(datasets.load(), 20, settings, Progress(disable=True))
     for pattern in settings.variants:
         loss = outcome.loss(pattern)
         assert loss.bound is not None

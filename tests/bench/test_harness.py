@@ -149,3 +149,23 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     assert content["machine"]["cores"] == os.cpu_count()
     printed = capsys.readouterr().out
     assert {"mlp": "speed-up", "fidelity": "accuracy", "paper": "FLOP ceiling"}[name] in printed
+
+
+@pytest.mark.parametrize(("name", "nothing"), [("fidelity", "--epochs 0"), ("paper", "--rounds 0 --seeds 0")])
+def test_nothing_to_measure_is_an_error(name, nothing):
+    parser = argparse.ArgumentParser()
+    bench.load(name).add_arguments(parser)
+    with pytest.raises(InvalidOption, match="got 0"):
+        bench.load(name).main(parser.parse_args([*nothing.split(), "--malloc", "system"]))
+
+
+def test_fidelity_keeps_what_a_run_cut_short_has(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    fidelity.add_arguments(parser)
+    trained = iter([90.0, 91.0])  # one seed of two variants, then the run ends
+    monkeypatch.setattr(fidelity, "train", lambda *_args: next(trained))
+    args = parser.parse_args(["--seeds", "2", "--variants", "none", "--malloc", "system", "--out", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        fidelity.main(args)
+    (outcome,) = json.loads((tmp_path / "fidelity.json").read_text())["outcomes"]
+    assert outcome["accuracy"] == {"bernoulli": [90.0], "none": [91.0]}
