@@ -1,0 +1,86 @@
+"""Operations along another axis than the units': parts, sums, orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dropfx.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graphs import argument, op_name, value_of
+
+DIM: dict[str, tuple[int, str, Any]] = {
+    **dict.fromkeys(("narrow", "select", "index_select", "cumsum"), (1, "dim", None)),
+    **dict.fromkeys(("chunk", "split", "tensor_split", "split_with_sizes"), (2, "dim", 0)),
+    "unbind": (1, "dim", 0),
+    **dict.fromkeys(("flip", "sum", "mean", "amax", "amin"), (1, "dim", None)),
+    "roll": (2, "dims", None),
+    **dict.fromkeys(("softmax", "log_softmax"), (1, "dim", None)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), (1, "dim", 0)),
+}
+"""Operations along an axis -> place, name and default of the argument that names it (or several)."""
+_REDUCTIONS = ("sum", "mean", "amax", "amin")
+
+
+def _along(node: fx.Node, rank: int) -> list[int] | None:
+    """The axes, counted from the front, along which the operation works; None if that is not said."""
+    name = op_name(node)
+    position, keyword, default = DIM[name]
+    dims = argument(node, position, "dims" if name == "flip" else keyword, default)
+    if name == "flip" and len(node.args) > 2:  # x.flip(0, 1)
+        dims = node.args[1:]
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not dims or not all(isinstance(d, int) for d in dims):
+        return None
+    return [d % rank for d in dims]
+
+
+def _removed(node: fx.Node, along: list[int]) -> list[int]:
+    """Those of the axes that the result lacks."""
+    name = op_name(node)
+    lost = name in ("select", "unbind") or (name in _REDUCTIONS and not argument(node, 2, "keepdim", False))
+    return along if lost else []
+
+
+def _along_sources(node: fx.Node) -> list[fx.Node]:
+    first = node.args[0] if node.args else None
+    sources = list(first) if isinstance(first, (list, tuple)) else [first]
+    return [s for s in sources if isinstance(s, fx.Node)]
+
+
+def _along_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    sources = _along_sources(node)
+    values = [value_of(source) for source in sources]
+    if not values or any(v is None for v in values):
+        return None
+    rank = values[0].dim()  # type: ignore[union-attr]
+    along = _along(node, rank)
+    if along is None:
+        return None
+    removed = _removed(node, along)
+    kept = [d for d in range(rank) if d not in removed]
+    source = kept[axis.dim]
+    return None if source in along else dict.fromkeys(sources, Axis(source - rank, axis.factor))
+
+
+def _along_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    value = value_of(operand)
+    along = None if value is None else _along(node, value.dim())
+    if value is None or along is None or operand not in _along_sources(node) or value.dim() + axis.dim in along:
+        return None
+    behind = sum(d > value.dim() + axis.dim for d in _removed(node, along))
+    return Axis(axis.dim + behind, axis.factor)
+
+
+def _along_keeps_first(node: fx.Node) -> bool:
+    value = next(map(value_of, _along_sources(node)), None)
+    along = None if value is None else _along(node, value.dim())
+    return along is not None and 0 not in along
+
+
+def along_rule(zero: Zero) -> AxisRule:
+    return AxisRule(_along_operands, _along_output, zero, _along_keeps_first, moves_rows=True)
+
+
+def all_sources(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return zeros.issuperset(_along_sources(node))

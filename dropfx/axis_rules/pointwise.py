@@ -1,0 +1,81 @@
+"""Element by element: operands broadcast; and casts and copies, which follow their first operand."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from dropfx.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graphs import argument, value_of
+
+
+def _pointwise_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    out = value_of(node)
+    if out is None:
+        return None
+    found: Operands = {}
+    for operand in node.all_input_nodes:
+        value = operand.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            if isinstance(value, (bool, int, float)):
+                continue
+            return None
+        if value.dim() >= -axis.dim and value.shape[axis.dim] == out.shape[axis.dim]:
+            found[operand] = axis
+        elif value.dim() >= -axis.dim and value.shape[axis.dim] != 1:
+            return None
+    return found
+
+
+def _pointwise_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    out, value = value_of(node), value_of(operand)
+    if out is None or value is None or out.dim() < -axis.dim or out.shape[axis.dim] != value.shape[axis.dim]:
+        return None
+    return axis
+
+
+def always(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return True
+
+
+def never(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return False
+
+
+def all_operands(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return len(node.args) > 1 and all(isinstance(a, fx.Node) and a in zeros for a in node.args[:2])
+
+
+def numerator(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return node.args[0] in zeros and not (isinstance(node.args[1], fx.Node) and node.args[1] in zeros)
+
+
+def clamp_holds_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    low, high = argument(node, 1, "min"), argument(node, 2, "max")
+    return all(b is None or isinstance(b, (int, float)) for b in (low, high)) and (low or 0) <= 0 <= (high or 0)
+
+
+def hardtanh_holds_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return float(argument(node, 1, "min_val", -1.0)) <= 0 <= float(argument(node, 2, "max_val", 1.0))
+
+
+def power_at_least_one(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    exponent = argument(node, 1, "exponent")
+    return node.args[0] in zeros and isinstance(exponent, (int, float)) and exponent >= 1
+
+
+def threshold_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    return float(argument(node, 1, "threshold", 0.0)) >= 0 and float(argument(node, 2, "value", 0.0)) == 0
+
+
+def pointwise(zero: Zero) -> AxisRule:
+    return AxisRule(_pointwise_operands, _pointwise_output, zero, pointwise=True)
+
+
+def first_operand(node: fx.Node, axis: Axis) -> Operands | None:
+    first = node.args[0]
+    return {first: axis} if isinstance(first, fx.Node) else None
+
+
+def first_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    return axis if operand is node.args[0] else None
