@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropfx.kernels.addressing import group_rows, swizzled, units_at
 from dropfx.kernels.axes import Axis, largest_group
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
 from dropfx.kernels.epilogue import activated
 
 _VARYING = ["rows", "outs", "sums", "out_units", "sum_units", "leading", "groups", "tiles_a_group"]
@@ -128,12 +128,6 @@ def gathered_matmul(
         SUM_WRAPS=sums.wraps,
         BIAS=bias is not None,
         ACTIVATION=activation,
-        PRECISION=precision(a.dtype),
-        UPCAST=upcast(a.dtype),
-        BLOCK_M=config.m,
-        BLOCK_O=config.n,
-        BLOCK_R=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(a.dtype, "MOR"),
     )
     return out

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
 
 
 @triton.jit
@@ -168,13 +168,7 @@ def tiled_matmul(
         TILE_O=tile[0],
         TILE_R=tile[1],
         BIAS=bias is not None,
-        PRECISION=precision(a.dtype),
-        UPCAST=upcast(a.dtype),
-        BLOCK_M=config.m,
-        BLOCK_O=config.n,
-        BLOCK_R=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(a.dtype, "MOR"),
     )
     return out
 
@@ -194,12 +188,6 @@ def tiled_weight_gradient(
         *(*dy.stride(), *x.stride(), scale),
         TILE_N=tile[0],
         TILE_K=tile[1],
-        PRECISION=precision(dy.dtype),
-        UPCAST=upcast(dy.dtype),
-        BLOCK_N=config.m,
-        BLOCK_K=config.n,
-        BLOCK_M=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(dy.dtype, "NKM"),
     )
     return dw

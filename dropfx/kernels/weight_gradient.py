@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dropfx.kernels.addressing import group_rows, swizzled
 from dropfx.kernels.axes import Axis
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
 
 
 @triton.jit
@@ -169,15 +169,7 @@ def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float 
     groups = max(rows.groups, cols.groups)
     config = config_for(rows.units, cols.units, dy.dtype, small=groups > 1)
     grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
-    compiled = {
-        "PRECISION": precision(dy.dtype),
-        "UPCAST": upcast(dy.dtype),
-        "BLOCK_N": config.m,
-        "BLOCK_K": config.n,
-        "BLOCK_M": config.r,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
+    compiled = config.options(dy.dtype, "NKM")
     if groups == 1:
         orders = (axis.order() if axis.starts is not None else dw for axis in (rows, cols))
         _shared[grid](
