@@ -21,6 +21,7 @@ from dropfx.kernels.addressing import group_rows, swizzled, units_at
 from dropfx.kernels.axes import Axis, largest_group
 from dropfx.kernels.configs import config_for
 from dropfx.kernels.epilogue import activated
+from dropfx.kernels.launch import on_its_device
 
 _VARYING = ["rows", "outs", "sums", "out_units", "sum_units", "leading", "groups", "tiles_a_group"]
 
@@ -88,6 +89,7 @@ def _matmul(
     tl.store(place, acc.to(out.dtype.element_ty), mask=(m < high)[:, None] & (o < outs)[None, :])
 
 
+@on_its_device
 def gathered_matmul(
     a: Tensor,
     weight: Tensor,

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dropfx.kernels.configs import config_for
+from dropfx.kernels.launch import on_its_device
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def _positions(units: int, tile: int, period: int) -> int:
     return int(triton.cdiv(triton.cdiv(units, tile), period)) * tile
 
 
+@on_its_device
 def tiled_matmul(
     a: Tensor,
     weight: Tensor,
@@ -173,6 +175,7 @@ def tiled_matmul(
     return out
 
 
+@on_its_device
 def tiled_weight_gradient(
     dy: Tensor, x: Tensor, tile: tuple[int, int], period: int, offset: int, scale: float = 1.0
 ) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dropfx.kernels.addressing import group_rows, swizzled
 from dropfx.kernels.axes import Axis
 from dropfx.kernels.configs import config_for
+from dropfx.kernels.launch import on_its_device
 
 
 @triton.jit
@@ -151,6 +152,7 @@ def _grouped(
     tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float = 1.0, leading: int = 1) -> Tensor:
     """scale * dy^T @ x at the kept rows and columns of the weight, exact zeros elsewhere.
 
@@ -223,6 +225,7 @@ def _bias(
     tl.store(db + unit, acc.to(db.dtype.element_ty), mask=unit < units)
 
 
+@on_its_device
 def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
     """Sum over the batch of dy [M, rows.width] at the kept units, zeros elsewhere: [rows.units]."""
     assert not rows.ragged
