@@ -19,7 +19,7 @@ def on_its_device(
     """Let `launcher` launch on the device of its first argument."""
 
     @functools.wraps(launcher)
-    def launch(first: Tensor, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+    def launch(first: Tensor, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         with torch.cuda.device_of(first):
             return launcher(first, *args, **kwargs)
 
