@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dropfx.patterns import Kept, KeptTiles, Pattern, Realisation, unwrapped
+from dropfx.patterns import Block, Kept, KeptTiles, Pattern, Realisation, Slice, padded_scale, unwrapped
 from dropfx.runtime import runtime
+
+if TYPE_CHECKING:
+    from dropfx.kernels.draw import DrawLaunch
 
 
 def _signed(value: int) -> int:
@@ -25,10 +28,11 @@ def _signed(value: int) -> int:
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 _MIX_1, _MIX_2, *_SHIFTS = (
     # tensors: a Python number takes a third longer to reach the operation
-    torch.tensor(_signed(constant), dtype=torch.int64, device="cpu")
-    for constant in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31)
+    torch.tensor(constant, dtype=torch.int64, device="cpu")
+    for constant in (*_FACTORS, 30, 27, 31)
 )
 
 
@@ -128,21 +132,43 @@ class DrawPlan:
         realisations: the fitted pattern of each site.
         pattern: the pattern.
         device: where the draws live.
+        by_kernel: draw by one launch of `kernels.draw`, where it serves the pattern; the draws are the same.
     """
 
     names: Sequence[str]
     realisations: Sequence[Realisation]
     pattern: Pattern
     device: torch.device
+    by_kernel: bool = False
+    _launch: DrawLaunch | None = field(init=False, repr=False, default=None)
     _batches: list[tuple[Realisation, list[int], Tensor]] = field(init=False, repr=False)
     _source: torch.device = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._source = torch.device("cpu") if self.pattern.on_host else self.device
+        if self.by_kernel and (launch := self._make_launch()) is not None:
+            self._launch, self._batches = launch, []
+            return
         members: dict[Realisation, list[int]] = {}
         for index, realisation in enumerate(self.realisations):
             members.setdefault(realisation, []).append(index)
         self._batches = [(shape, sites, self._counters(shape, sites)) for shape, sites in members.items()]
+
+    def _make_launch(self) -> DrawLaunch | None:
+        """The kernel for this plan; None where it does not serve it: lattices, groups, very many blocks."""
+        fits = self.realisations
+        if not fits or type(self.pattern) not in (Block, Slice) or any(fit.groups > 1 for fit in fits):
+            return None
+        from dropfx.kernels.draw import MAX_SLOTS, DrawLaunch, DrawnSite  # imports Triton
+
+        if any(fit.numbers > MAX_SLOTS for fit in fits):
+            return None
+        window = type(self.pattern) is Slice
+        sites = [
+            DrawnSite(_signed(site_key(name)), fit.units if window else fit.numbers, fit.count, fit.run)
+            for name, fit in zip(self.names, fits, strict=True)
+        ]
+        return DrawLaunch(sites, (_signed(_GOLDEN), *_FACTORS), self.device, window)
 
     def _counters(self, shape: Realisation, sites: list[int]) -> Tensor:
         keys = torch.tensor([_signed(site_key(self.names[i])) for i in sites], dtype=torch.int64)
@@ -155,10 +181,13 @@ class DrawPlan:
 
     def draw(self, number: Tensor) -> list[Draw | TileDraw]:
         """All draws of one call from its number (int64 scalar)."""
-        rank = data_parallel_rank()
-        if rank:
-            # hashed, not added: rank r of one step must not be rank 0 of another
-            number = _mix(number + _signed(rank * _GOLDEN))
+        # hashed, not added: rank r of one step must not be rank 0 of another
+        rank_step = _signed(data_parallel_rank() * _GOLDEN)
+        if self._launch is not None:
+            drawn = self._launch(number, rank_step)
+            return [_of_starts(starts, fit) for starts, fit in zip(drawn, self.realisations, strict=True)]
+        if rank_step:
+            number = _mix(number + rank_step)
         draws: list[Any] = [None] * len(self.names)
         for shape, sites, counters in self._batches:
             for index, kept in zip(sites, self.pattern.choose(_mix(counters + number), shape), strict=True):
@@ -173,3 +202,8 @@ class DrawPlan:
         starts, run, scale = kept
         scale = scale.to(self.device, non_blocking=True) if isinstance(scale, Tensor) else scale
         return Draw(starts.to(self.device, non_blocking=True), run, scale, shape)
+
+
+def _of_starts(starts: Tensor, fit: Realisation) -> Draw:
+    scale = padded_scale(starts, fit.run, fit.units, fit.scale) if fit.ragged else fit.scale
+    return Draw(starts, fit.run, scale, fit)

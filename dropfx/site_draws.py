@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dropfx.available import why_no_kernels
 from dropfx.draws import Draw, DrawPlan, TileDraw
 from dropfx.ops.groups import by_row
 from dropfx.pass_infra import Context, Site
@@ -34,7 +35,8 @@ class SiteDraws:
         for device, indices in by_device.items():
             names = [context.sites[i].name for i in indices]
             chosen = [fit for i in indices if (fit := fits[i]) is not None]
-            self._plans.append((indices, DrawPlan(names, chosen, context.options.pattern, device)))
+            by_kernel = context.options.lowering != "aten" and not why_no_kernels(device)
+            self._plans.append((indices, DrawPlan(names, chosen, context.options.pattern, device, by_kernel)))
 
     def draw(self) -> dict[int, Draw | TileDraw]:
         """Fresh draws, by the numbers of their sites."""

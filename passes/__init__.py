@@ -7,6 +7,7 @@ from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
+from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
@@ -33,4 +34,5 @@ PIPELINE = (
     rewrite_residual,
     fold_scale,
     lower,
+    fuse_activation,
 )

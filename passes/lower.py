@@ -16,13 +16,16 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
     Of the others eager graphs call the autograd functions, which dispatch faster; compilers keep the registered ops.
     """
     table: dict[Any, Any] = EAGER if context.eager else {}
+    kernels: dict[Any, Any] = {}
     if context.options.lowering == "triton":
-        from dropfx.ops.by_kernels import KERNELS  # imports Triton
+        from dropfx.ops.by_kernels import KERNELS as kernels  # imports Triton
 
-        table = {**table, **KERNELS}
     modified = False
     for node in module.graph.nodes:
-        if node.target in table:
+        if node.target in kernels:
+            node.target, node.meta["lowering"] = kernels[node.target], "triton"
+            modified = True
+        elif node.target in table:
             node.target = table[node.target]
             modified = True
     return PassResult(module, modified)

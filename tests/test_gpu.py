@@ -76,6 +76,20 @@ def test_a_captured_step_draws_anew_at_each_replay(options: dict[str, Any]) -> N
     assert len({tuple(mask.tolist()) for mask in kept}) > 1, "every replay keeps the same units"
 
 
+@pytest.mark.parametrize("pattern", ["block", "slice"])
+def test_kernel_and_operations_draw_alike(pattern: str) -> None:
+    """`lowering="aten"` draws by PyTorch's operations, the others by one launch."""
+    masks = []
+    for lowering in ("aten", "auto", "triton"):
+        model, x, _ = compiled({"pattern": pattern, "lowering": lowering, "min_speedup": 0})
+        torch.manual_seed(7)
+        with dropfx.testing.record() as recorded:
+            model(x)
+        masks.append(recorded[0])
+    for name, mask in masks[0].items():
+        assert all(torch.equal(other[name], mask) for other in masks[1:])
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_repeated_runs_agree(options: dict[str, Any]) -> None:
     runs = []

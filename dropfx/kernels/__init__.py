@@ -4,6 +4,7 @@ Each launcher takes tensors on a GPU, or on the CPU under Triton's interpreter (
 """
 
 from dropfx.kernels.axes import Axis
+from dropfx.kernels.draw import MAX_SLOTS, DrawLaunch, DrawnSite
 from dropfx.kernels.epilogue import ACTIVATIONS
 from dropfx.kernels.matmul import gathered_matmul
 from dropfx.kernels.tiles import tiled_matmul, tiled_weight_gradient
@@ -12,7 +13,10 @@ from dropfx.kernels.weight_gradient import bias_gradient, weight_gradient
 
 __all__ = [
     "ACTIVATIONS",
+    "MAX_SLOTS",
     "Axis",
+    "DrawLaunch",
+    "DrawnSite",
     "bias_gradient",
     "gathered_matmul",
     "put_units",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,17 @@ class Config(NamedTuple):
     r: int
     warps: int
     stages: int
+
+    def options(self, dtype: torch.dtype, axes: str) -> dict[str, Any]:
+        """Compile-time arguments of a product's launch; `axes`: the kernel's letters for m, n and r, as "MOR"."""
+        blocks = {f"BLOCK_{axis}": size for axis, size in zip(axes, (self.m, self.n, self.r), strict=True)}
+        return {
+            "PRECISION": precision(dtype),
+            "UPCAST": upcast(dtype),
+            **blocks,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 16, 4, 3)}

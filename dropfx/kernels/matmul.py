@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dropfx.kernels.addressing import group_rows, swizzled, units_at
 from dropfx.kernels.axes import Axis, largest_group
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
 from dropfx.kernels.epilogue import activated
+from dropfx.kernels.launch import on_its_device
 
 _VARYING = ["rows", "outs", "sums", "out_units", "sum_units", "leading", "groups", "tiles_a_group"]
 
@@ -88,6 +89,7 @@ def _matmul(
     tl.store(place, acc.to(out.dtype.element_ty), mask=(m < high)[:, None] & (o < outs)[None, :])
 
 
+@on_its_device
 def gathered_matmul(
     a: Tensor,
     weight: Tensor,
@@ -128,12 +130,6 @@ def gathered_matmul(
         SUM_WRAPS=sums.wraps,
         BIAS=bias is not None,
         ACTIVATION=activation,
-        PRECISION=precision(a.dtype),
-        UPCAST=upcast(a.dtype),
-        BLOCK_M=config.m,
-        BLOCK_O=config.n,
-        BLOCK_R=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(a.dtype, "MOR"),
     )
     return out

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
+from dropfx.kernels.launch import on_its_device
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def _positions(units: int, tile: int, period: int) -> int:
     return int(triton.cdiv(triton.cdiv(units, tile), period)) * tile
 
 
+@on_its_device
 def tiled_matmul(
     a: Tensor,
     weight: Tensor,
@@ -168,17 +170,12 @@ def tiled_matmul(
         TILE_O=tile[0],
         TILE_R=tile[1],
         BIAS=bias is not None,
-        PRECISION=precision(a.dtype),
-        UPCAST=upcast(a.dtype),
-        BLOCK_M=config.m,
-        BLOCK_O=config.n,
-        BLOCK_R=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(a.dtype, "MOR"),
     )
     return out
 
 
+@on_its_device
 def tiled_weight_gradient(
     dy: Tensor, x: Tensor, tile: tuple[int, int], period: int, offset: int, scale: float = 1.0
 ) -> Tensor:
@@ -194,12 +191,6 @@ def tiled_weight_gradient(
         *(*dy.stride(), *x.stride(), scale),
         TILE_N=tile[0],
         TILE_K=tile[1],
-        PRECISION=precision(dy.dtype),
-        UPCAST=upcast(dy.dtype),
-        BLOCK_N=config.m,
-        BLOCK_K=config.n,
-        BLOCK_M=config.r,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options(dy.dtype, "NKM"),
     )
     return dw

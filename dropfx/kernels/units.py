@@ -15,6 +15,7 @@ from torch import Tensor
 from dropfx.kernels.addressing import group_of
 from dropfx.kernels.axes import Axis
 from dropfx.kernels.interpreter import INTERPRETED
+from dropfx.kernels.launch import on_its_device
 
 _OUTER, _PLACES = (4, 16) if INTERPRETED else (8, 256)
 
@@ -96,6 +97,7 @@ def _grid(outer: int, places: int) -> tuple[int, int]:
     return triton.cdiv(outer, _OUTER), triton.cdiv(places, _PLACES)
 
 
+@on_its_device
 def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
     """Compact copy of the kept units of axis `dim`; with groups x's first axis is the one of length `leading`."""
     out = _resized(x, dim, kept.width)
@@ -114,6 +116,7 @@ def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
     return out
 
 
+@on_its_device
 def put_units(
     y: Tensor, dim: int, kept: Axis, leading: int = 1, base: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dropfx.kernels.addressing import group_rows, swizzled
 from dropfx.kernels.axes import Axis
-from dropfx.kernels.configs import config_for, precision, upcast
+from dropfx.kernels.configs import config_for
+from dropfx.kernels.launch import on_its_device
 
 
 @triton.jit
@@ -151,6 +152,7 @@ def _grouped(
     tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float = 1.0, leading: int = 1) -> Tensor:
     """scale * dy^T @ x at the kept rows and columns of the weight, exact zeros elsewhere.
 
@@ -169,15 +171,7 @@ def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float 
     groups = max(rows.groups, cols.groups)
     config = config_for(rows.units, cols.units, dy.dtype, small=groups > 1)
     grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
-    compiled = {
-        "PRECISION": precision(dy.dtype),
-        "UPCAST": upcast(dy.dtype),
-        "BLOCK_N": config.m,
-        "BLOCK_K": config.n,
-        "BLOCK_M": config.r,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
+    compiled = config.options(dy.dtype, "NKM")
     if groups == 1:
         orders = (axis.order() if axis.starts is not None else dw for axis in (rows, cols))
         _shared[grid](
@@ -231,6 +225,7 @@ def _bias(
     tl.store(db + unit, acc.to(db.dtype.element_ty), mask=unit < units)
 
 
+@on_its_device
 def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
     """Sum over the batch of dy [M, rows.width] at the kept units, zeros elsewhere: [rows.units]."""
     assert not rows.ragged

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,54 @@ def _leading(rows: int, *axes: KeptAxis) -> int | None:
     return max(grouped[0].leading, 1)
 
 
+class Activation(NamedTuple):
+    """A function, and its derivative from what it returned: `gradient(dy, y)`."""
+
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+FROM_OUTPUT: dict[str, Activation] = {
+    "relu": Activation(torch.relu, lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0)),
+    "tanh": Activation(torch.tanh, torch.ops.aten.tanh_backward),
+}
+"""Activations that a product may apply before it stores its result, in training: the result is all that backward needs.
+
+gelu and silu need what they were given. A product that stored both would write as much as the two operations do and
+save one read, so theirs stay operations of their own, though the kernels' epilogue has them.
+"""
+
+
 # -- linear ---------------------------------------------------------------------------------------------------------
+
+
+def _activated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+    row_leading: int,
+    col_leading: int,
+    activation: str,
+) -> Tensor:
+    flat = x.reshape(-1, x.size(-1))
+    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
+    leading = _leading(len(flat), *given)
+    outs, sums = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
+    if leading is None or not _served(x, weight, *([] if bias is None else [bias])):
+        y = linear._linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading)
+        return y if activation == "none" else FROM_OUTPUT[activation].function(y)
+    if x.size(-1) != sums.width:
+        raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {sums.width}")
+    bias = None if bias is None else bias.contiguous()
+    out = kernels.gathered_matmul(
+        flat, weight, outs, sums, bias=bias, scale=scale, activation=activation, leading=leading
+    )
+    return whole(out.view(*x.shape[:-1], outs.width))
 
 
 def _linear(
@@ -60,17 +107,7 @@ def _linear(
     row_leading: int = 0,
     col_leading: int = 0,
 ) -> Tensor:
-    flat = x.reshape(-1, x.size(-1))
-    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
-    leading = _leading(len(flat), *given)
-    outs, sums = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
-    if leading is None or not _served(x, weight, *([] if bias is None else [bias])):
-        return linear._linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading)
-    if x.size(-1) != sums.width:
-        raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {sums.width}")
-    bias = None if bias is None else bias.contiguous()
-    out = kernels.gathered_matmul(flat, weight, outs, sums, bias=bias, scale=scale, leading=leading)
-    return whole(out.view(*x.shape[:-1], outs.width))
+    return _activated_linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading, "none")
 
 
 def _linear_backward(
@@ -187,6 +224,39 @@ def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> 
     return _leading(math.prod(x.shape[: dim % x.dim()]), KeptAxis(starts, run, leading)) or 1
 
 
+# -- linear and activation ----------------------------------------------------------------------------------------
+
+
+def _activated_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+    row_leading: int,
+    col_leading: int,
+    activation: str,
+) -> Tensor:
+    return linear._linear_fake(x, weight, bias, rows, row_run, cols, col_run, scale)
+
+
+def _save_activated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, *ctx.leading, ctx.activation = inputs
+    ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    ctx.save_for_backward(x, weight, rows, cols, output)
+
+
+def _activated_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, rows, cols, y = ctx.saved_tensors
+    dz = FROM_OUTPUT[ctx.activation].gradient(grad, y)
+    runs = rows, ctx.row_run, cols, ctx.col_run
+    grads = _linear_backward_op(dz, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
+    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 8
+
+
 # -- registration -----------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +267,7 @@ def _twin(op: Any, forward: Callable[..., Any], fake: Callable[..., Any]) -> Any
 
 _linear_op = _twin(linear.linear_op, _linear, linear._linear_fake)
 _linear_backward_op = define("linear_backward_triton", _linear_backward, linear._linear_backward_fake)
+activated_linear_op = define("activated_linear_triton", _activated_linear, _activated_fake)
 _tiled_op = _twin(tiles.tiled_linear_op, _tiled_linear, tiles._tiled_linear_fake)
 _tiled_backward_op = define("tiled_linear_backward_triton", _tiled_linear_backward, tiles._tiled_linear_backward_fake)
 _take_op = _twin(unit_ops.take_op, _take, unit_ops._take_fake)
@@ -205,10 +276,11 @@ _residual_op = _twin(residual.residual_add_op, _residual_add, residual._fake)
 
 for _op in (_linear_backward_op, _tiled_backward_op):
     first_derivative_only(_op, "compile with lowering='aten', whose eager path has one")
-for _name in ("linear_triton", "tiled_linear_triton"):
+for _name in ("linear_triton", "activated_linear_triton", "tiled_linear_triton"):
     autocast(_name)
 for _op, _save, _formula in (
     (_linear_op, linear._save, linear.formula(_linear_backward_op)),
+    (activated_linear_op, _save_activated, _activated_formula),
     (_tiled_op, tiles._save, tiles.formula(_tiled_backward_op)),
     (_take_op, unit_ops._save_take, unit_ops.take_formula(_put_op)),
     (_put_op, unit_ops._save_put, unit_ops.put_formula(_take_op)),

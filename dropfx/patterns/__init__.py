@@ -1,6 +1,15 @@
 """Patterns: the rules by which a step's kept units are drawn (design section 6)."""
 
-from dropfx.patterns.base import MAX_RATE_ERROR, Kept, KeptTiles, Pattern, PatternRefused, Realisation, unwrapped
+from dropfx.patterns.base import (
+    MAX_RATE_ERROR,
+    Kept,
+    KeptTiles,
+    Pattern,
+    PatternRefused,
+    Realisation,
+    padded_scale,
+    unwrapped,
+)
 from dropfx.patterns.block import Block
 from dropfx.patterns.lattice import Row, Tile
 from dropfx.patterns.search import default_max_period, search
@@ -26,6 +35,7 @@ __all__ = [
     "Slice",
     "Tile",
     "default_max_period",
+    "padded_scale",
     "search",
     "unwrapped",
 ]

@@ -29,6 +29,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_CONSTANT = 0x1E3779B97F4A7C15
 MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -53,7 +54,7 @@ class Launches:
                 signature[name] = "*" + TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
             elif isinstance(value, int):
-                signature[name] = "i32"
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
             else:
@@ -79,6 +80,10 @@ def launch_all(dtype: torch.dtype) -> None:
     kernels.weight_gradient(x, half, dense, blocks)
     kernels.weight_gradient(x, half, dense, grouped, leading=rows)
     kernels.bias_gradient(half, blocks)
+    for window in (False, True):
+        sites = [kernels.DrawnSite(key=5, slots=kernels.MAX_SLOTS, kept=4096, units=64)]
+        draw = kernels.DrawLaunch(sites, (_CONSTANT, _CONSTANT, _CONSTANT), torch.device("meta"), window)
+        draw(torch.empty((), dtype=torch.int64, device="meta"), _CONSTANT)
     kernels.take_units(x, -1, blocks)
     kernels.put_units(half, -1, blocks, base=x)
     kernels.tiled_matmul(x, w, (32, 32), 2, 1, bias=bias)

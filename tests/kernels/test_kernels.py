@@ -190,6 +190,14 @@ def test_any_strides() -> None:
     torch.testing.assert_close(made[n][:, k], dy.T @ x)
 
 
+def test_tanh_keeps_its_digits_near_zero() -> None:
+    """Relative to its value, as PyTorch's."""
+    x = torch.cat([torch.logspace(-30, 1, 200), torch.linspace(0.19, 0.21, 50)]).to(DEVICE)[:, None]
+    one = torch.ones(1, 1, device=DEVICE)
+    y = kernels.gathered_matmul(x, one, Axis(None, 0, 1), Axis(None, 0, 1), activation="tanh")
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0)])
 def test_empty(shape: tuple[int, int]) -> None:
     x, dense = torch.randn(*shape, device=DEVICE), Axis(None, 0, shape[1])

@@ -13,7 +13,7 @@ import dropfx
 from dropfx import kernels, ops
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops import by_kernels
-from dropfx.ops.by_kernels import KERNELS
+from dropfx.ops.by_kernels import FROM_OUTPUT, KERNELS, activated_linear_op
 from tests.case import mlp
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -75,6 +75,55 @@ def test_twins_agree(name: str) -> None:
 def test_opcheck(name: str) -> None:
     op, args = cases()[name]
     opcheck(KERNELS[op], args)
+
+
+LINEARS = [name for name in cases() if name.startswith("linear")]
+
+
+def activated(args: tuple[Any, ...], activation: str) -> tuple[Any, ...]:
+    return (*(*args, 0, 0)[:10], activation)
+
+
+@pytest.mark.parametrize("activation", FROM_OUTPUT)
+@pytest.mark.parametrize("name", LINEARS)
+def test_activation_in_the_product(name: str, activation: str) -> None:
+    op, args = cases()[name]
+    ours = run(activated_linear_op, activated(args, activation))
+    theirs = run(lambda *a: FROM_OUTPUT[activation].function(op(*a)), args)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_activation_in_the_product_opcheck() -> None:
+    opcheck(activated_linear_op, activated(cases()["linear, rows"][1], "relu"))
+    opcheck(activated_linear_op, activated(cases()["linear, groups"][1], "tanh"))
+
+
+def test_activation_in_the_product_in_double_precision() -> None:
+    """By the reference."""
+    op, args = cases()["linear, cols"]
+    wide = tuple(a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a for a in args)
+    theirs = run(lambda *a: torch.tanh(op(*a)), wide)
+    for mine, other in zip(run(activated_linear_op, activated(wide, "tanh")), theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_activation_in_the_product_under_autocast() -> None:
+    args = activated(cases()["linear, rows"][1], "relu")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert activated_linear_op(*args).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("build", "fused"), [(nn.ReLU, 2), (nn.Tanh, 2), (nn.GELU, 0)])
+def test_activations_of_a_model_are_fused(build: Any, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    product = dropfx.kernels.gathered_matmul
+    monkeypatch.setattr(
+        dropfx.kernels, "gathered_matmul", lambda *a, **k: (asked.append(k.get("activation")), product(*a, **k))[1]
+    )
+    model = dropfx.compile(mlp(24, 40, 64, 8, activation=build).to(DEVICE), lowering="triton", min_speedup=0)
+    model(torch.randn(6, 24, device=DEVICE))
+    assert sum(name != "none" for name in asked) == fused
 
 
 @pytest.mark.parametrize("name", ["linear, cols", "tiled"])

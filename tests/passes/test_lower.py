@@ -13,6 +13,7 @@ from dropfx.devices import DEVICES
 from dropfx.options import make_options
 from dropfx.pass_infra import Context
 from dropfx.passes import PIPELINE
+from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.lower import lower
 
 STARTS = torch.tensor([0, 8])
@@ -116,5 +117,5 @@ def test_every_op_of_a_graph_is_lowered() -> None:
 
 
 def test_lowering_comes_last() -> None:
-    """Passes before it match the registered ops."""
-    assert PIPELINE[-1] is lower
+    """Passes before it match the registered ops; what follows fuses what was lowered."""
+    assert PIPELINE[-2:] == (lower, fuse_activation)

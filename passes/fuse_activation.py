@@ -1,0 +1,45 @@
+"""relu(linear_triton(x, W, ...)) -> activated_linear_triton(x, W, ..., "relu")        relu and tanh.
+
+The product applies the function to its accumulator before it stores it: one value less is written and read. Only where
+backward needs no more than the result (`by_kernels.FROM_OUTPUT`) and nobody else reads the product.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx import ops
+from dropfx.graphs import insert, op_name
+from dropfx.pass_infra import Context, PassResult
+
+
+def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
+    """Fuse the activations behind products that `lower` gave to Triton."""
+    lowered = [node for node in module.graph.nodes if node.meta.get("lowering") == "triton"]
+    if not lowered:
+        return PassResult(module, False)
+    from dropfx.ops.by_kernels import FROM_OUTPUT, KERNELS, activated_linear_op  # imports Triton
+
+    modified = False
+    for node in lowered:
+        reader = next(iter(node.users), None)
+        if node.target is not KERNELS[ops.linear_op] or reader is None or not _fits(node, reader):
+            continue
+        name = op_name(reader)
+        if name not in FROM_OUTPUT:
+            continue
+        arguments = (*node.args, 0, 0)[:10]  # the two last ones, the groups' lengths, have defaults
+        with module.graph.inserting_before(reader):
+            new = insert(module.graph, activated_linear_op, (*arguments, name), like=reader)
+        reader.replace_all_uses_with(new)
+        module.graph.erase_node(reader)
+        module.graph.erase_node(node)
+        modified = True
+    return PassResult(module, modified)
+
+
+def _fits(node: fx.Node, reader: fx.Node) -> bool:
+    """One reader, of one operand, that runs under the same grad mode and autocast; values written in place stay."""
+    alone = len(node.users) == 1 and reader.args == (node,) and not any(reader.kwargs.values())
+    same = node.meta.get("after_effects") == reader.meta.get("after_effects")
+    return alone and same and "pinned" not in node.meta and "pinned" not in reader.meta
