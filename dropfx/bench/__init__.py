@@ -7,6 +7,7 @@ from types import ModuleType
 
 BENCHES = {
     "mlp": "dropfx.bench.mlp",
+    "compile": "dropfx.bench.compile",
     "fidelity": "dropfx.bench.fidelity",
     "paper": "dropfx.bench.paper",
     "gpu": "dropfx.bench.gpu",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dropfx.bench.models import define_operators
+
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 Factory = Callable[[bool], Built]
 
@@ -33,7 +35,7 @@ class Entry:
     left: dict[str, str]
 
     def make(self, dtype: torch.dtype = torch.float32, small: bool = True) -> Built:
-        load_operators()
+        define_operators()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model, args, kwargs = self.build(small)
@@ -48,17 +50,6 @@ OFF = "rate is 0"
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
-
-
-def load_operators() -> None:
-    """Beside a CPU build of PyTorch torchvision's wheel lacks operators for which it then registers fakes."""
-    if not _LIBRARIES and not hasattr(torch.ops.torchvision, "nms"):
-        _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
-        _LIBRARIES[0].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES[0].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_LIBRARIES: list[torch.library.Library] = []  # what a library defines is gone with its object
 
 
 def entry(name: str, title: str, package: str, left: dict[str, str] | None = None) -> Callable[[Factory], Factory]:

@@ -12,9 +12,10 @@ import torch._dynamo
 from torch import nn
 
 import dropfx
+from dropfx.bench.models import define_operators
 from tests import comparison, oracle
 from tests.case import compiled_run, sgd_step
-from tests.zoo.catalogue import ZOO, Built, Entry, load_operators
+from tests.zoo.catalogue import ZOO, Built, Entry
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]  # of their packages
 
@@ -24,7 +25,7 @@ INNERS = ("eager", "aot_eager")
 
 @pytest.fixture(params=ZOO)
 def entry(request: pytest.FixtureRequest) -> Entry:
-    load_operators()
+    define_operators()
     found = ZOO[request.param]
     pytest.importorskip(found.package)
     torch._dynamo.reset()
