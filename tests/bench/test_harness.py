@@ -138,6 +138,7 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     module.add_arguments(parser)
     small = {
         "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
+        "compile": "--cases mlp-2048-128-0.5 --inner aot_eager --rounds 1 --compile-runs 1",
         "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block@2 row:2",
         "paper": "--nets 784-64-64-10 --batch 8 --rates .5 --rounds 2 --accuracy-net 784-64-64-10 --seeds 2"
         " --epochs 1 --samples 256",
@@ -147,8 +148,8 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{end}" for end in ("json", "md", "png")]
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["machine"]["cores"] == os.cpu_count()
-    printed = capsys.readouterr().out
-    assert {"mlp": "speed-up", "fidelity": "accuracy", "paper": "FLOP ceiling"}[name] in printed
+    headings = {"mlp": "speed-up", "compile": "Seconds until", "fidelity": "accuracy", "paper": "FLOP ceiling"}
+    assert headings[name] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "nothing"), [("fidelity", "--epochs 0"), ("paper", "--rounds 0 --seeds 0")])
