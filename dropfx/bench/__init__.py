@@ -7,7 +7,9 @@ from types import ModuleType
 
 BENCHES = {
     "mlp": "dropfx.bench.mlp",
+    "lstm": "dropfx.bench.lstm",
     "fidelity": "dropfx.bench.fidelity",
+    "perplexity": "dropfx.bench.perplexity",
     "paper": "dropfx.bench.paper",
     "gpu": "dropfx.bench.gpu",
 }
