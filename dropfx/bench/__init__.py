@@ -8,7 +8,9 @@ from types import ModuleType
 BENCHES = {
     "mlp": "dropfx.bench.mlp",
     "compile": "dropfx.bench.compile",
+    "lstm": "dropfx.bench.lstm",
     "fidelity": "dropfx.bench.fidelity",
+    "perplexity": "dropfx.bench.perplexity",
     "paper": "dropfx.bench.paper",
     "gpu": "dropfx.bench.gpu",
 }

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dropfx
 from dropfx.bench import arguments, compile_report, harness, malloc, models, report
 from dropfx.bench.harness import Ratio, Step
-from dropfx.bench.mlp import has_cpp_compiler
 from dropfx.bench.models import Built, Case
+from dropfx.bench.steps import has_cpp_compiler
 from dropfx.bench.training import sgd
 from dropfx.errors import InvalidOption
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -75,20 +75,32 @@ def paired_loss(reference: Sequence[float], accuracy: Sequence[float]) -> Loss:
     return Loss(mean, mean + quantile * statistics.stdev(lost) / math.sqrt(len(lost)))
 
 
-def prepare(variant: str, sizes: Sequence[int], rate: float) -> nn.Module:
-    """The net of a variant: `none`, `bernoulli`, or a pattern's name, with `:N` for max_period N, `@G` for G groups.
+def options_of(variant: str) -> dict[str, Any] | None:
+    """Options of `dropfx.compile` for a variant: a pattern's name, with `:N` for max_period N, `@G` for G groups or
+    `@time`; None for `none` and `bernoulli`.
 
     Raises:
         InvalidOption: unknown pattern, or a period or groups that are no numbers.
     """
     if variant in (NONE, BERNOULLI):
-        return mlp(sizes, None if variant == NONE else rate)
-    found = re.fullmatch(r"(\w+)(?::(\d+))?(?:@(\d+))?", variant)
-    if found is None or (found[2] and found[1] not in _LATTICES):
-        raise InvalidOption(f"variant: got {variant!r}, accepted are such as block, block@4 (groups), row:2 (period)")
+        return None
+    found = re.fullmatch(r"(\w+)(?::(\d+))?(?:@(\d+|time))?", variant)
+    if found is None or found[1] not in patterns.BY_NAME or (found[2] and found[1] not in _LATTICES):
+        raise InvalidOption(
+            f"variant: got {variant!r}, accepted are {NONE}, {BERNOULLI}, {', '.join(patterns.BY_NAME)},"
+            " such as block@4 and block@time (groups), row:2 (period)"
+        )
     pattern = _LATTICES[found[1]](max_period=int(found[2])) if found[2] else found[1]
+    groups = found[3] if found[3] == "time" else int(found[3] or 1)
     # every site is rewritten, whether it pays or not: what is compared is accuracy
-    return dropfx.compile(mlp(sizes, rate), pattern=pattern, groups=int(found[3] or 1), min_speedup=0)
+    return {"pattern": pattern, "groups": groups, "min_speedup": 0}
+
+
+def prepare(variant: str, sizes: Sequence[int], rate: float) -> nn.Module:
+    """The net of a variant. InvalidOption: no such variant."""
+    options = options_of(variant)
+    model = mlp(sizes, None if variant == NONE else rate)
+    return model if options is None else dropfx.compile(model, **options)
 
 
 def train(variant: str, data: Dataset, seed: int, args: argparse.Namespace, epochs: int) -> float:

@@ -1,9 +1,11 @@
-"""Tables and chart of `dropfx bench mlp`."""
+"""Tables and chart of the benches that time training steps: `dropfx bench mlp` and `lstm`."""
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +18,40 @@ from dropfx.bench import report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from dropfx.bench.mlp import Result
+    from dropfx.bench.steps import Result
 
 _MIB = 2**20
 
 
-def tables(results: Sequence[Result]) -> list[Table]:
-    """Times, ceilings and memory: a row a case in each."""
-    return [time_table(results), ceiling_table(results), memory_table(results)]
+@dataclass(frozen=True)
+class Paper:
+    """What a publication states about such nets: in words, and the lowest and highest speed-up."""
+
+    text: str
+    low: float
+    high: float
 
 
-def show(console: Console, results: Sequence[Result]) -> None:
-    """Prints the tables and the machine."""
-    for table in tables(results):
+def show_and_write(
+    console: Console,
+    name: str,
+    results: Sequence[Result],
+    args: argparse.Namespace,
+    extra: Mapping[str, object],
+    paper: Paper | None = None,
+) -> None:
+    """Prints the tables; writes them as Markdown, all figures and `extra` as JSON, and a chart, in files `name`.*."""
+    tables = [time_table(results), ceiling_table(results, paper), memory_table(results)]
+    for table in tables:
         console.print(table)
     console.print(report.describe(report.machine()), highlight=False)
-
-
-def write(folder: Path, results: Sequence[Result]) -> None:
-    """The same in `mlp.md`."""
-    report.write_markdown(folder / "mlp.md", *tables(results))
+    folder = Path(args.out)
+    content = {"pattern": args.pattern, "cases": [asdict(result) for result in results], **extra}
+    report.write_json(folder / f"{name}.json", content)
+    report.write_markdown(folder / f"{name}.md", *tables)
+    count, draw = panels(results, paper)
+    line = report.chart(folder / f"{name}.png", count, draw, width=5.0 if count <= 3 else 3.2)
+    console.print(f"{line}\nfigures: {folder / f'{name}.json'}", highlight=False)
 
 
 def time_table(results: Sequence[Result]) -> Table:
@@ -54,13 +70,18 @@ def time_table(results: Sequence[Result]) -> Table:
     return table
 
 
-def ceiling_table(results: Sequence[Result]) -> Table:
-    """FLOP ceilings of the asked and the drawn rate, the share that is reached, the ratio with malloc's defaults."""
-    headings = ("FLOP\nceiling", "share", "drawn p", "drawn\nceiling", "default\nmalloc")
+def ceiling_table(results: Sequence[Result], paper: Paper | None = None) -> Table:
+    """FLOP ceilings of the asked and the drawn rate, the share that is reached, the ratio with malloc's defaults.
+
+    `sites` are the dropouts that are rewritten, and all.
+    """
+    headings = ("sites", "FLOP\nceiling", "share", "drawn p", "drawn\nceiling", "default\nmalloc")
     table = _table("Share of the FLOP ceiling, and speed-up with malloc's defaults", *headings)
+    table.caption = paper.text if paper else None
     for result in results:
         table.add_row(
             *_case(result),
+            f"{result.rewritten}/{len(result.drawn_rates)}",
             _times(result.ceiling),
             f"{result.ratio.median / result.ceiling:.0%}",
             "/".join(f"{rate:.3f}" for rate in dict.fromkeys(result.drawn_rates)),
@@ -94,7 +115,7 @@ def _times(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def panels(results: Sequence[Result]) -> tuple[int, Callable[[list[Axes]], None]]:
+def panels(results: Sequence[Result], paper: Paper | None = None) -> tuple[int, Callable[[list[Axes]], None]]:
     """Number of panels, one a net and batch, and what draws them."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
@@ -102,6 +123,8 @@ def panels(results: Sequence[Result]) -> tuple[int, Callable[[list[Axes]], None]
 
     def draw(axes: list[Axes]) -> None:
         for axis, ((net, batch), members) in zip(axes, groups.items(), strict=True):
+            if paper is not None:
+                axis.axhspan(paper.low, paper.high, color="#edae49", alpha=0.25, linewidth=0, label="the paper, GPU")
             _bars(axis, members)
             axis.set_title(f"{net}, batch {batch}", fontsize=10)
         axes[0].set_ylabel("speed-up of a training step")
