@@ -19,12 +19,15 @@ class DeviceCosts:
         bytes: streaming memory traffic, bytes/s.
         random: random numbers for an unstructured mask, elements/s.
         launch: fixed time of one operation, seconds.
+        fused: share of the library's product rate at which a product with a gather runs. Assumed, not measured; it
+            decides only where no measurement can.
     """
 
     flops: dict[int, float]
     bytes: float
     random: float
     launch: float
+    fused: float = 0.8
 
     def gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
         """Seconds of an [m, k] @ [k, n] product: the longer of arithmetic and traffic."""

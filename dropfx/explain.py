@@ -63,12 +63,14 @@ class Report:
         sites: in the order of the forward.
         flops_dense, flops_compact: FLOPs of the model's Linears, forward and backward.
         opaque: path of a module that runs as written -> why.
+        lowerings: gathered operation and its sites -> what executes it, and why; empty where there was no choice.
     """
 
     sites: list[SiteReport]
     flops_dense: int
     flops_compact: int
     opaque: dict[str, str] = field(default_factory=dict)
+    lowerings: dict[str, str] = field(default_factory=dict)
 
     @property
     def flop_ratio(self) -> float:
@@ -88,6 +90,7 @@ class Report:
             lines.append(
                 f"Linear FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} ({self.flop_ratio:.2f}x)"
             )
+        lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
         lines += [f"{path or 'the model'} runs as written: {reason}" for path, reason in self.opaque.items()]
         return out.getvalue() + "\n".join(lines)
 
@@ -221,6 +224,7 @@ def seed_others(seed: int) -> None:
 def _report(trial: nn.Module, options: Options) -> Report:
     sites: list[SiteReport] = []
     opaque: dict[str, str] = {}
+    lowerings: dict[str, str] = {}
     dense = compact = 0
     for path, module in trial.named_modules():
         state = module.__dict__.get("_dropfx")
@@ -232,11 +236,12 @@ def _report(trial: nn.Module, options: Options) -> Report:
             context = specialisation.context
             sites += [_row(site, options) for site in context.sites]
             dense, compact = dense + context.flops_dense, compact + context.flops_compact
+            lowerings.update(context.lowerings)
             leaves = specialisation.leaves.items()
             opaque.update({f"{state.prefix}{leaf}": reason for leaf, reason in leaves if reason})
     listed = {site.name for site in sites}
     sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
-    return Report(sites, dense, compact, opaque)
+    return Report(sites, dense, compact, opaque, lowerings)
 
 
 def _row(site: Site, options: Options) -> SiteReport:

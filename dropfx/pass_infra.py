@@ -89,6 +89,7 @@ class Context:
         prefix: what the names of sites begin with: the path of the traced module.
         sites: filled by find_sites, decided by plan_regions.
         draws: site index -> placeholder nodes, filled by insert_draws.
+        lowerings: gathered op and its sites -> lowering and why, where there was a choice; filled by lower.
     """
 
     options: Options
@@ -97,6 +98,7 @@ class Context:
     prefix: str = ""
     sites: list[Site] = field(default_factory=list)
     draws: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
+    lowerings: dict[str, str] = field(default_factory=dict)
     flops_dense: int = 0
     flops_compact: int = 0
 

@@ -84,6 +84,15 @@ def _linear(
     return time + costs.move(n * k, itemsize, 1)  # zeros
 
 
+def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:
+    """Seconds of a gathered Linear, forward and backward, by lowering: copies and BLAS, or a gather in the product."""
+    m, n, k, products = linear_products(node)
+    itemsize = _size(node)[1]
+    product = costs.gemm(m, n * keep_out, k * keep_in, itemsize)
+    fused = costs.launch + (product - costs.launch) / costs.fused
+    return {"aten": _linear(node, keep_in, keep_out, costs, itemsize), "triton": products * fused}
+
+
 def tiled_times(site: fx.Node, linears: Sequence[fx.Node], keep: float, costs: DeviceCosts) -> tuple[float, float]:
     """Seconds of a dropout and the Linears that read it, as written and with tiles of their weights dropped."""
     elements, itemsize = _size(site)

@@ -1,4 +1,4 @@
-"""dropfx::op -> what executes it, from the front end and the lowering asked for."""
+"""dropfx::op -> what executes it, from the front end and the lowering asked for, measured or predicted."""
 
 from __future__ import annotations
 
@@ -6,26 +6,53 @@ from typing import Any
 
 from torch import fx
 
+from dropfx.available import why_no_kernels
+from dropfx.choice import choose
 from dropfx.ops import EAGER
 from dropfx.pass_infra import Context, PassResult
 
 
 def lower(module: fx.GraphModule, context: Context) -> PassResult:
-    """Triton's ops where they are asked for.
+    """Triton's ops where they are asked for or faster.
 
     Of the others eager graphs call the autograd functions, which dispatch faster; compilers keep the registered ops.
     """
     table: dict[Any, Any] = EAGER if context.eager else {}
-    kernels: dict[Any, Any] = {}
-    if context.options.lowering == "triton":
-        from dropfx.ops.by_kernels import KERNELS as kernels  # imports Triton
-
+    kernels = _kernels(context)
     modified = False
     for node in module.graph.nodes:
-        if node.target in kernels:
-            node.target, node.meta["lowering"] = kernels[node.target], "triton"
-            modified = True
-        elif node.target in table:
-            node.target = table[node.target]
+        if node.target not in EAGER:
+            continue
+        target = table.get(node.target, node.target)
+        contenders = {"aten": target} | ({"triton": kernels[node.target]} if node.target in kernels else {})
+        choice = choose(node, contenders, context)
+        if choice.reason:
+            context.lowerings[_label(node, context)] = f"{choice.lowering}, {choice.reason}"
+        if choice.lowering == "triton":
+            target, node.meta["lowering"] = contenders["triton"], "triton"
+        if target is not node.target:
+            node.target = target
             modified = True
     return PassResult(module, modified)
+
+
+def _kernels(context: Context) -> dict[Any, Any]:
+    """Op -> its twin by Triton, where these may be taken: asking for them imports Triton."""
+    asked = context.options.lowering
+    devices = {site.device for site in context.sites if site.rewritten}
+    if asked == "triton" or (asked == "auto" and any(not why_no_kernels(device) for device in devices)):
+        from dropfx.ops.by_kernels import KERNELS
+
+        return KERNELS
+    return {}
+
+
+def _label(node: fx.Node, context: Context) -> str:
+    """The op and the sites by whose draws it is gathered, for `explain`."""
+    forms = [*node.meta.get("reads", {}).values(), node.meta.get("form")]
+    numbers = [form.site for form in forms if form is not None]
+    numbers += [index for index, draw in context.draws.items() if {*draw.values()} & {*node.all_input_nodes}]
+    names = dict.fromkeys(context.sites[number].name for number in numbers)
+    name = " ".join([str(node.target).split(".")[1], *names])
+    taken = sum(label.partition(" #")[0] == name for label in context.lowerings)
+    return f"{name} #{taken + 1}" if taken else name

@@ -22,6 +22,11 @@ def test_figures_are_positive_and_finite(row: DeviceCosts) -> None:
 
 
 @each_row
+def test_a_gather_in_the_product_is_not_free(row: DeviceCosts) -> None:
+    assert 0 < row.fused <= 1
+
+
+@each_row
 def test_products_are_known_for_every_size_of_a_float(row: DeviceCosts) -> None:
     assert row.flops.keys() == {2, 4, 8}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,20 +43,70 @@ LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 16,
 SMALL: dict[int, Config] = {2: Config(64, 64, 64, 4, 3), 4: Config(64, 64, 16, 4, 3)}
 """The same for products of few tiles, which need more programs rather than larger ones."""
 
+OTHERS: dict[int, tuple[Config, ...]] = {
+    2: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4)),
+    4: (Config(128, 64, 16, 4, 3), Config(64, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
+}
+"""What tuning tries besides."""
+
 INTERPRETER = Config(16, 32, 32, 1, 1)
 """Small, so that small tensors already have inner and edge tiles."""
 
 PROGRAMS = 132
 """Programs below which smaller tiles are taken: one a multiprocessor of the largest current devices."""
 
+chosen: dict[str, Config] = {}
+"""Product -> tile that was measured to be the fastest: takes precedence over the tables. Filled by `dropfx.tuning`."""
 
-def config_for(m: int, n: int, dtype: torch.dtype, small: bool = False) -> Config:
-    """The tile for a result [m, n]; small: a kernel whose own state leaves few registers, or whose tiles skip work."""
+_listeners: list[dict[str, tuple[Config, ...]]] = []
+
+
+@contextmanager
+def listening() -> Iterator[dict[str, tuple[Config, ...]]]:
+    """Collects the products that are launched inside, each with the tiles that its shape leaves to choose from."""
+    asked: dict[str, tuple[Config, ...]] = {}
+    _listeners.append(asked)
+    try:
+        yield asked
+    finally:
+        _listeners.remove(asked)
+
+
+def config_for(product: str, m: int, n: int, r: int, dtype: torch.dtype, small: bool = False) -> Config:
+    """The tile for a result [m, n], summed over r; small: a kernel whose own state leaves few registers."""
+    if not (chosen or _listeners):
+        return _by_table(m, n, dtype, small)
+    # shapes of one power of two share a tile: batches and widths vary, the best tile hardly
+    key = f"{product} {str(dtype).removeprefix('torch.')} {_bucket(m)}x{_bucket(n)}x{_bucket(r)}"
+    for asked in _listeners:
+        asked[key] = candidates(m, n, dtype, small)
+    return chosen.get(key) or _by_table(m, n, dtype, small)
+
+
+def candidates(m: int, n: int, dtype: torch.dtype, small: bool = False) -> tuple[Config, ...]:
+    """Tiles worth trying for a result [m, n], the table's first: none that lies beside the result by more than half."""
+    first = _by_table(m, n, dtype, small)
+    size = dtype.itemsize
+    rest = [INTERPRETER] if INTERPRETED else [SMALL[size], *(() if small else (LARGE[size], *OTHERS[size]))]
+    fitting = [tile for tile in rest if tile.m < 2 * max(m, 32) and tile.n < 2 * max(n, 32)]
+    return tuple(dict.fromkeys([first, *fitting]))
+
+
+def known(config: Config) -> bool:
+    """Whether a tile is one of those that tuning tries."""
+    return any(config in (LARGE[size], SMALL[size], *OTHERS[size]) for size in OTHERS) or config == INTERPRETER
+
+
+def _by_table(m: int, n: int, dtype: torch.dtype, small: bool) -> Config:
     if INTERPRETED:
         return INTERPRETER
     large = LARGE[dtype.itemsize]
     fills = -(-m // large.m) * -(-n // large.n) >= PROGRAMS
     return large if fills and not small else SMALL[dtype.itemsize]
+
+
+def _bucket(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def precision(dtype: torch.dtype) -> str:

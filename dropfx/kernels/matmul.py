@@ -117,7 +117,7 @@ def gathered_matmul(
     out = a.new_empty(rows, outs.width)
     if not out.numel():
         return out
-    config = config_for(rows, outs.width, a.dtype)
+    config = config_for("matmul", rows, outs.width, sums.width, a.dtype)
     tiles = triton.cdiv(largest_group(rows, leading, groups), config.m)
     (out_starts, out_group), (sum_starts, sum_group) = outs.arguments(a), sums.arguments(a)
     _matmul[(groups * tiles * triton.cdiv(outs.width, config.n),)](

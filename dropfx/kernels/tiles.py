@@ -162,7 +162,7 @@ def tiled_matmul(
     out = a.new_empty(a.size(0), weight.size(0))
     if not out.numel():
         return out
-    config = config_for(a.size(0), weight.size(0), a.dtype)
+    config = config_for("tiled matmul", a.size(0), weight.size(0), weight.size(1), a.dtype)
     blocks = triton.cdiv(_positions(weight.size(0), tile[0], period), config.n)
     _matmul[(period * blocks, triton.cdiv(a.size(0), config.m))](
         *(a, weight, a if bias is None else bias, out, a.size(0), *weight.shape, period, offset % period, blocks),
@@ -183,7 +183,7 @@ def tiled_weight_gradient(
     dw = dy.new_empty(dy.size(1), x.size(1))
     if not dw.numel():
         return dw
-    config = config_for(dw.size(0), dw.size(1), dy.dtype)
+    config = config_for("tiled weight gradient", dw.size(0), dw.size(1), len(dy), dy.dtype)
     n_tiles = triton.cdiv(_positions(dy.size(1), tile[0], period), config.m)
     k_tiles = triton.cdiv(_positions(x.size(1), tile[1], period), config.n)
     _weight_gradient[(period * n_tiles, period * k_tiles)](

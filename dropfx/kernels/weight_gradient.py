@@ -169,7 +169,7 @@ def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float 
     if not dw.numel():
         return dw
     groups = max(rows.groups, cols.groups)
-    config = config_for(rows.units, cols.units, dy.dtype, small=groups > 1)
+    config = config_for("weight gradient", rows.units, cols.units, len(dy), dy.dtype, small=groups > 1)
     grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
     compiled = config.options(dy.dtype, "NKM")
     if groups == 1:
@@ -231,7 +231,7 @@ def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
     assert not rows.ragged
     db = dy.new_empty(rows.units)
     if rows.units:
-        config = config_for(rows.units, 1, dy.dtype)
+        config = config_for("bias gradient", rows.units, 1, len(dy), dy.dtype, small=True)
         _bias[(triton.cdiv(rows.units, config.n),)](
             *(dy, db, db if rows.starts is None else rows.inverse(), len(dy), rows.units, leading, rows.groups),
             *(rows.units if rows.groups > 1 else 0, *dy.stride()),
