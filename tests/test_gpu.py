@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.gpu
 OPTIONS: list[dict[str, Any]] = [
     {"pattern": pattern, "lowering": lowering, "min_speedup": 0}
     for pattern in ("block", "slice")
-    for lowering in ("aten", "triton")
+    for lowering in ("aten", "triton", "auto")
 ]
 
 
@@ -88,6 +89,25 @@ def test_kernel_and_operations_draw_alike(pattern: str) -> None:
         masks.append(recorded[0])
     for name, mask in masks[0].items():
         assert all(torch.equal(other[name], mask) for other in masks[1:])
+
+
+def test_auto_measures_once_and_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DROPFX_CACHE_DIR", str(tmp_path))
+    model, x = mlp(256, 512, 512, 16).cuda(), torch.randn(128, 256, device="cuda")
+    found = [dropfx.explain(model, x, options={"min_speedup": 0}).lowerings for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]
+    assert all("measured, forward and backward" in text for text in found[0].values())
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith(torch.cuda.get_device_name().replace(" ", "-"))
+
+
+def test_kernels_launch_on_the_device_of_their_operands() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = mlp(256, 512, 16).to("cuda:1")
+    x = torch.randn(128, 256, device="cuda:1")
+    dropfx.testing.assert_equivalent(model, x, options={"lowering": "triton", "min_speedup": 0})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

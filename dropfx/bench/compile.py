@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dropfx
 from dropfx.bench import arguments, compile_report, harness, malloc, models, report
-from dropfx.bench.harness import Ratio, Step
+from dropfx.bench.harness import Ratio
 from dropfx.bench.models import Built, Case
 from dropfx.bench.steps import has_cpp_compiler
 from dropfx.bench.training import sgd
 from dropfx.errors import InvalidOption
+from dropfx.timing import Step
 
 EAGER, COMPILED, DROPFX, BACKEND = "eager", "torch.compile", "dropfx.compile", "backend"
 

@@ -1,4 +1,4 @@
-"""Paired timing of interleaved contenders in one process, and exact peak memory."""
+"""Paired timing of interleaved contenders in one process, and exact peak memory; on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-Step = Callable[[], object]
+from dropfx import timing
+from dropfx.timing import Step
 
 _TURN_SECONDS = 0.25
 _MAX_STEPS = 20
@@ -30,7 +30,9 @@ class Ratio:
     high: float
 
 
-def interleave(steps: Mapping[str, Step], rounds: int, turn_seconds: float = _TURN_SECONDS) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Step], rounds: int, turn_seconds: float = _TURN_SECONDS, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds per step of each contender, one entry a round.
 
     In a round every contender runs the same few steps, so that a drift of the machine (clock, neighbours) hits all
@@ -41,11 +43,12 @@ def interleave(steps: Mapping[str, Step], rounds: int, turn_seconds: float = _TU
         steps: a training step, or any unit of work, per contender.
         rounds: number of rounds, at least 1.
         turn_seconds: time that the slowest contender's turn should take; sets the steps of a turn (1 to 20).
+        device: type of the device that the steps run on; a GPU is timed by its own events.
     """
     names = list(steps)
     for name in names:
         steps[name]()
-    slowest = max(_seconds(steps[name], 1) for name in names)
+    slowest = max(timing.seconds(steps[name], 1, device) for name in names)
     count = min(_MAX_STEPS, max(1, round(turn_seconds / slowest)))
     times: dict[str, list[float]] = {name: [] for name in names}
     # what lives now is set aside: a collection inside of someone's turn then costs next to nothing
@@ -55,17 +58,10 @@ def interleave(steps: Mapping[str, Step], rounds: int, turn_seconds: float = _TU
         for number in range(rounds):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
-                times[name].append(_seconds(steps[name], count) / count)
+                times[name].append(timing.seconds(steps[name], count, device) / count)
     finally:
         gc.unfreeze()
     return times
-
-
-def _seconds(step: Step, count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    return time.perf_counter() - start
 
 
 def ratio(times: Mapping[str, Sequence[float]], subject: str, baselines: Sequence[str]) -> Ratio:
@@ -84,15 +80,21 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def peak_memory(step: Step) -> int:
-    """Bytes that one call of `step` allocates at its peak above the level at which it began, on the CPU.
+def peak_memory(step: Step, device: str = "cpu") -> int:
+    """Bytes that one call of `step` allocates at its peak above the level at which it began.
 
-    Counted from the profiler's record of every allocation and release of PyTorch's CPU allocator. The process' own
-    size is no measure: it also holds what malloc keeps, the libraries' scratch space and the profiler itself, and its
-    high-water mark never falls, so a second contender could not be measured. Memory that a GEMM library takes for
-    itself is not seen, for no contender. A release of a block from before the call is not in the record, so the caller
-    sees to it that the resting state is at rest: gradients None, optimizer state present.
+    On a GPU its allocator keeps count. On a CPU they are counted from the profiler's record of every allocation and
+    release of PyTorch's CPU allocator. The process' own size is no measure: it also holds what malloc keeps, the
+    libraries' scratch space and the profiler itself, and its high-water mark never falls, so a second contender could
+    not be measured. Memory that a GEMM library takes for itself is not seen, for no contender. A release of a block
+    from before the call is not in the record, so the caller sees to it that the resting state is at rest: gradients
+    None, optimizer state present.
     """
+    if device == "cuda":
+        resting = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - resting
     # the profiler's library greets on stderr below its highest level
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]

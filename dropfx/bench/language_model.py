@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dropfx.bench.harness import Step
 from dropfx.errors import InvalidOption
+from dropfx.timing import Step
 
 WINDOW = 35
 """Steps that truncated back-propagation goes back."""

@@ -13,10 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from dropfx.bench import arguments, language_model, malloc, steps, steps_report
-from dropfx.bench.harness import Step
 from dropfx.bench.language_model import LanguageModel
 from dropfx.bench.steps import Workload
 from dropfx.bench.steps_report import Paper
+from dropfx.timing import Step
 
 LAYERS = 2
 UNITS = (650, 1500)

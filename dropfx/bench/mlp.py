@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from dropfx.bench import arguments, malloc, overhead, steps, steps_report
-from dropfx.bench.harness import Step
 from dropfx.bench.steps import Workload
 from dropfx.bench.training import mlp, sgd, train_step
+from dropfx.timing import Step
 
 NETS = ((784, 2048, 2048, 10), (784, 4096, 4096, 10))
 BATCHES = (128, 1024)
@@ -48,15 +48,15 @@ class Case:
         return flop_ceiling(self.sizes, [1 - rate for rate in rates])
 
 
-def flop_ceiling(sizes: Sequence[int], keeps: Sequence[float]) -> float:
+def flop_ceiling(sizes: Sequence[int], keeps: Sequence[float], input_gradient: bool = False) -> float:
     """How many times fewer GEMM operations a step takes when only `keeps` of each hidden layer is computed.
 
     A Linear of n inputs and m outputs takes 2*batch*n*m operations in each of three products: forward, weight
-    gradient, input gradient; the first layer needs no input gradient. Kept shares multiply n and m:
+    gradient, input gradient; the first layer needs no input gradient unless asked for. Kept shares multiply n and m:
     ceiling = sum(w*n*m) / sum(w*n*m*keep_in*keep_out), w = 2 for the first layer, else 3.
     """
     shares = [1.0, *keeps, 1.0]
-    weights = [2] + [3] * (len(sizes) - 2)
+    weights = [3 if input_gradient else 2] + [3] * (len(sizes) - 2)
     dense = [w * n * m for w, (n, m) in zip(weights, pairwise(sizes), strict=True)]
     compact = [work * a * b for work, (a, b) in zip(dense, pairwise(shares), strict=True)]
     return sum(dense) / sum(compact)

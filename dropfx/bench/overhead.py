@@ -14,6 +14,7 @@ import dropfx
 from dropfx.bench import harness
 from dropfx.bench.training import mlp
 from dropfx.specialise import key_of
+from dropfx.timing import Step
 
 _SIZES = (8, 8, 8, 8)
 _CALLS = 100
@@ -58,17 +59,17 @@ def measure(rounds: int = 20) -> Overhead:
     found = look_up()
     assert found is not None
     parts = _microseconds({"key": look_up, "draws": found.draws.draw}, rounds)
-    calls: dict[str, harness.Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
+    calls: dict[str, Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
     training = _microseconds(calls, rounds)
     plain.eval()
     compiled.eval()
     return Overhead(*parts, *training, *_microseconds(calls, rounds))
 
 
-def _microseconds(calls: dict[str, harness.Step], rounds: int) -> list[float]:
+def _microseconds(calls: dict[str, Step], rounds: int) -> list[float]:
     """Median microseconds a call of each, in order."""
 
-    def repeated(call: harness.Step) -> harness.Step:
+    def repeated(call: Step) -> Step:
         return lambda: [call() for _ in range(_CALLS)]
 
     times = harness.interleave({name: repeated(call) for name, call in calls.items()}, rounds, turn_seconds=0)

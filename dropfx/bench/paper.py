@@ -25,6 +25,7 @@ from dropfx.bench.fidelity import BERNOULLI, NONE, Outcome
 from dropfx.bench.mlp import Case, flop_ceiling
 from dropfx.bench.training import mlp, sgd, train_step
 from dropfx.errors import InvalidOption
+from dropfx.timing import Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def measure(case: Case, patterns: Sequence[str], rounds: int) -> Timing:
     dense = mlp(case.sizes, case.rate)
     images = torch.randn(case.batch, case.sizes[0])
     labels = torch.randint(case.sizes[-1], (case.batch,))
-    steps: dict[str, harness.Step] = {}
+    steps: dict[str, Step] = {}
     for name in (BERNOULLI, *patterns):
         model = copy.deepcopy(dense)
         if name != BERNOULLI:

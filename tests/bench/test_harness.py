@@ -136,9 +136,14 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     module = bench.load(name)
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
+    path = tmp_path / "text"
+    path.write_text("one two three four\n" * 40)
+    tmp_path = tmp_path / "out"
     small = {
         "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
         "compile": "--cases mlp-2048-128-0.5 --inner aot_eager --rounds 1 --compile-runs 1",
+        "lstm": "--units 32 --vocabulary 100 --batch 4 --window 5 --rates .5 --rounds 2 --baselines eager",
+        "perplexity": f"--text {path} --units 16 --batch 4 --epochs 2 --variants none block",
         "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block@2 row:2",
         "paper": "--nets 784-64-64-10 --batch 8 --rates .5 --rounds 2 --accuracy-net 784-64-64-10 --seeds 2"
         " --epochs 1 --samples 256",
@@ -148,7 +153,14 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{end}" for end in ("json", "md", "png")]
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["machine"]["cores"] == os.cpu_count()
-    headings = {"mlp": "speed-up", "compile": "Seconds until", "fidelity": "accuracy", "paper": "FLOP ceiling"}
+    headings = {
+        "mlp": "speed-up",
+        "lstm": "1.24-1.85x",
+        "compile": "Seconds until",
+        "fidelity": "accuracy",
+        "perplexity": "Bernoulli",
+        "paper": "FLOP ceiling",
+    }
     assert headings[name] in capsys.readouterr().out
 
 
