@@ -136,8 +136,13 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     module = bench.load(name)
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
+    path = tmp_path / "text"
+    path.write_text("one two three four\n" * 40)
+    tmp_path = tmp_path / "out"
     small = {
         "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
+        "lstm": "--units 32 --vocabulary 100 --batch 4 --window 5 --rates .5 --rounds 2 --baselines eager",
+        "perplexity": f"--text {path} --units 16 --batch 4 --epochs 2 --variants none block",
         "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block@2 row:2",
         "paper": "--nets 784-64-64-10 --batch 8 --rates .5 --rounds 2 --accuracy-net 784-64-64-10 --seeds 2"
         " --epochs 1 --samples 256",
@@ -148,7 +153,8 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["machine"]["cores"] == os.cpu_count()
     printed = capsys.readouterr().out
-    assert {"mlp": "speed-up", "fidelity": "accuracy", "paper": "FLOP ceiling"}[name] in printed
+    expected = {"mlp": "speed-up", "lstm": "1.24-1.85x", "fidelity": "accuracy", "perplexity": "Bernoulli"}
+    assert expected.get(name, "FLOP ceiling") in printed
 
 
 @pytest.mark.parametrize(("name", "nothing"), [("fidelity", "--epochs 0"), ("paper", "--rounds 0 --seeds 0")])
