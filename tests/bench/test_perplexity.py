@@ -1,7 +1,6 @@
 """`dropfx bench perplexity`: its variants, its ratios, and that block dropout keeps Bernoulli's perplexity."""
 
 import argparse
-import shutil
 
 import pytest
 from rich.progress import Progress
@@ -76,13 +75,3 @@ def test_what_dropfx_refuses_is_unsupported_and_the_others_go_on(tmp_path, capsy
 def test_unknown_variants_are_refused(corpus):
     with pytest.raises(InvalidOption, match="stripes"):
         next(perplexity.compare(corpus, settings("--variants", "stripes"), Progress(disable=True)))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bible") is None, reason="bible-kjv is not installed")
-def test_block_keeps_the_perplexity_of_bernoulli_dropout():
-    """2x200, p=.5, 3 epochs of the King James Bible."""
-    *_, outcomes = perplexity.compare(text.load(), settings("--variants", "block"), Progress(disable=True))
-    bernoulli, block = outcomes
-    assert block.rewritten
-    assert perplexity.excess(bernoulli, block) < 0.02
