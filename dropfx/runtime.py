@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.sites import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
 
 Masks = dict[str, Tensor]
 
@@ -139,8 +139,8 @@ class _KeepAll(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in DROPOUT_FUNCTIONS or func in _IDENTITY:
             return args[0] if args else kwargs["input"]
-        if func in _RECURRENT:
-            place = _RECURRENT[func] - (0 if isinstance(args[3], (list, tuple)) else 1)
+        if func in RECURRENT_FUNCTIONS:
+            place = 6 if isinstance(args[3], (list, tuple)) else 5  # packed inputs come with their batch sizes
             args = (*args[:place], 0.0, *args[place + 1 :])
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
@@ -153,8 +153,5 @@ class _KeepAll(TorchFunctionMode):
 
 
 _IDENTITY = (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_dropout)
-_RECURRENT = {torch.lstm: 6, torch.gru: 6, torch.rnn_tanh: 6, torch.rnn_relu: 6}
-"""Recurrent function -> position of its dropout rate, with batch sizes of packed input given."""
-
-OTHER_RANDOM = frozenset((*_IDENTITY, *_RECURRENT, F.scaled_dot_product_attention, F.multi_head_attention_forward))
+OTHER_RANDOM = frozenset((*_IDENTITY, *RECURRENT_FUNCTIONS, F.scaled_dot_product_attention, F.multi_head_attention_forward))
 """What `disabled` turns off besides the dropouts that can be sites."""

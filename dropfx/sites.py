@@ -26,6 +26,14 @@ OTHER_DROPOUTS: dict[Any, str] = {
 }
 """Functions that drop and run as written -> the reason."""
 
+RECURRENT_FUNCTIONS: dict[Any, str] = {
+    torch.lstm: "lstm",
+    torch.gru: "gru",
+    torch.rnn_tanh: "rnn_tanh",
+    torch.rnn_relu: "rnn_relu",
+}
+"""Functions of all layers of a recurrent network, with dropouts between these -> kind of the cell."""
+
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 LEAF_MODULES = (nn.RNNBase, nn.MultiheadAttention)

@@ -17,10 +17,11 @@ from dropfx.compiled import State, swap
 from dropfx.compiler import check_inputs, check_model
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
+from dropfx.layered import layered
 from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
 from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
+from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-10),
@@ -163,6 +164,8 @@ class _Substitute(TorchFunctionMode):
             return backward_under(self, *args, **kwargs)
         if func is F.linear and self._tiled:
             return self._tiled_linear(*args, **kwargs)
+        if func in RECURRENT_FUNCTIONS and (gaps := self._gaps()):
+            return layered(func, args, lambda x, gap: x * gaps[gap].to(x.dtype) if gap in gaps else x)
         if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
             return func(*args, **kwargs)
         name = self._name()
@@ -177,6 +180,15 @@ class _Substitute(TorchFunctionMode):
             return func(*args, **kwargs)
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
         return x.mul_(mask.to(x.dtype)) if inplace else x * mask.to(x.dtype)
+
+    def _gaps(self) -> dict[int, Tensor]:
+        """Masks recorded between the layers of the module that is running, by gap."""
+        module = self._stack[-1]
+        path, calls = self._names[module], self.calls[self._names[module]]
+        name = f"{path}.dropout[" if path else "dropout["
+        suffix = "" if calls == 1 else f"#{calls}"
+        masks = {gap: self._masks.get(f"{name}{gap}]{suffix}") for gap in range(getattr(module, "num_layers", 0))}
+        return {gap: mask for gap, mask in masks.items() if mask is not None}
 
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self._tiled:

@@ -4,6 +4,7 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
@@ -21,6 +22,7 @@ from dropfx.passes.rewrite_views import rewrite_views
 
 PIPELINE = (
     functionalize,
+    expand_recurrent,
     canonicalize,
     find_sites,
     plan_regions,

@@ -3,6 +3,7 @@
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.linear import linear_op
+from dropfx.ops.recurrent.recurrence import recurrence_op
 from dropfx.ops.residual import residual_add_op
 from dropfx.ops.tiles import tiled_linear_op
 from dropfx.ops.units import put_op, scale_units, spread_rows, take_op
@@ -12,6 +13,7 @@ __all__ = [
     "embedding_op",
     "linear_op",
     "put_op",
+    "recurrence_op",
     "residual_add_op",
     "scale_units",
     "spread_rows",

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from dropfx.graphs import argument, op_name
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
 from dropfx.sizes import is_fixed
+from dropfx.tracing import recurrent
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
 from dropfx.tracing.refusal import TraceRefused, why
 from dropfx.tracing.skeleton import Builder, Opaque, Recorder, run
@@ -181,7 +182,7 @@ class Tracer(fx.Tracer):
         self._calls[path] += 1
         state, held = random_state(), contents(module)
         try:
-            out = module.forward(*args, **kwargs)
+            out = self._forward(module, path, args, kwargs)
             if contents(module) != held:
                 self.refuse("its forward changes a container among its attributes")
             if random_state() != state:
@@ -195,6 +196,11 @@ class Tracer(fx.Tracer):
         finally:
             self._stack.pop()
         return out
+
+    def _forward(self, module: Any, path: str, args: Any, kwargs: Any) -> Any:
+        if module._dropfx_class in recurrent.RECURRENT_MODULES and recurrent.can_record(module):
+            return recurrent.record(self, module, path, args, kwargs)
+        return module.forward(*args, **kwargs)
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         """A module is called: inline its forward, or record the call."""
@@ -224,6 +230,8 @@ class Tracer(fx.Tracer):
         for base in INLINED_MODULES:
             if isinstance(module, base) and base not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
                 return f"it is a subclass of {base.__name__}"
+        if cls in recurrent.RECURRENT_MODULES and recurrent.can_record(module):
+            return None
         if cls.__module__.startswith("torch.nn."):
             return None if may_drop(module) and not isinstance(module, LEAF_MODULES) else ""
         return None
@@ -294,6 +302,15 @@ class Tracer(fx.Tracer):
         if site is not None:
             node.meta["site"] = site
         return self._wrap(node, value)
+
+    def record_recurrent(self, function: Any, args: Any, values: tuple[Tensor, ...], live: Any) -> Any:
+        """A call of torch.lstm or its kin, whose values are known beforehand; `live`: where its rate is read."""
+        if modes() != self._modes:
+            self.refuse(which_mode(self._modes, modes()))
+        node = self._node("call_function", function, self.create_arg(args), {}, values)
+        path = node.meta["path"]
+        node.meta["recurrent"] = {"path": path, "calls": self._calls[path], "live": live}
+        return self._wrap(node, values)
 
     def _node(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs)

@@ -1,0 +1,249 @@
+"""h_t, c_t = cell(pre_t, h_{t-1}, c_{t-1})        for all steps t, with what the inputs add to the gates computed before.
+
+    kind "lstm" | "gru" | "rnn_tanh" | "rnn_relu"
+    pre [T, B, G*H], or packed [N, G*H] with batch_sizes int64 [T]; h0 [B, P]; c0 [B, H] (LSTM)
+    -> all hidden states [T, B, P] or [N, P], the last h [B, P] and c [B, H]
+Parameters as `cells` names them. Splitting off the product of the inputs lets the Linear machinery gather it, for all
+steps at once; what is left is bound by the weight W_hh, read at every step (`product`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropfx.errors import DoubleBackwardError
+from dropfx.ops.define import define, eager, first_derivative_only, whole
+from dropfx.ops.recurrent import gru, lstm, rnn
+from dropfx.ops.recurrent.cells import GATES, Flows, Saved, Weights
+from dropfx.ops.recurrent.steps import Steps, steps_of
+
+_INSTEAD = "dropfx.restore(model) gives back that of torch.nn"
+
+
+def _walk(kind: str, pre: Tensor, h: Tensor, c: Tensor, weights: Weights, steps: Steps) -> tuple[Tensor, Saved]:
+    if kind == "lstm":
+        return lstm.forward(pre, h, c, weights, steps)
+    if kind == "gru":
+        return gru.forward(pre, h, c, weights, steps)
+    return rnn.forward(kind, pre, h, weights, steps)
+
+
+def _walk_back(
+    kind: str, grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, weights: Weights, steps: Steps
+) -> Flows:
+    if kind == "lstm":
+        return lstm.backward(grad, dh, dc, saved, weights, steps)
+    if kind == "gru":
+        return gru.backward(grad, dh, dc, saved, weights, steps)
+    return rnn.backward(kind, grad, dh, saved, weights, steps)
+
+
+def _run(
+    kind: str,
+    pre: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Weights,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """All in the dtype of `pre`, which autocast has chosen where it is on."""
+    like: dict[str, Any] = {"dtype": pre.dtype, "copy": True, "memory_format": torch.contiguous_format}
+    h = h0.to(**like)
+    c = pre.new_empty(0) if c0 is None else c0.to(**like)
+    steps = steps_of(pre.shape, batch_sizes, reverse)
+    with torch.autocast(pre.device.type, enabled=False):
+        out, saved = _walk(kind, pre.reshape(-1, pre.size(-1)), h, c, _cast(weights, pre), steps)
+    return out, h, c, saved
+
+
+def _cast(weights: Weights, like: Tensor) -> Weights:
+    return Weights(*(None if w is None else w.to(like.dtype) for w in weights))
+
+
+def _gradients(
+    kind: str,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    saved: Saved,
+    weights: Weights,
+    steps: Steps,
+    mask: list[bool],
+) -> list[Tensor | None]:
+    """Of pre [N, G*H], h0, c0, W_hh, b_hh and W_hr, where the mask asks for them; None where it does not."""
+    rows, width = saved.before.shape
+    made = saved.before
+    grad = made.new_zeros(rows, width) if grads[0] is None else grads[0].reshape(rows, width).to(made.dtype)
+    batch = max(steps.sizes)
+    like: dict[str, Any] = {"dtype": made.dtype, "copy": True, "memory_format": torch.contiguous_format}
+    dh = made.new_zeros(batch, width) if grads[1] is None else grads[1].to(**like)
+    dc = made.new_zeros(batch, weights.hh.size(0) // GATES[kind]) if grads[2] is None else grads[2].to(**like)
+    flows = _walk_back(kind, grad, dh, dc, saved, _cast(weights, made), steps)
+    made_by: list[Any] = [
+        lambda: flows.pre,
+        lambda: dh,
+        lambda: dc,
+        lambda: (flows.added.t() @ saved.before).to(weights.hh.dtype),
+        lambda: flows.added.sum(0).to(weights.hh.dtype),
+        lambda: (flows.hidden.t() @ lstm.unprojected(saved)).to(weights.hh.dtype),
+    ]
+    return [make() if asked else None for make, asked in zip(made_by, mask, strict=True)]
+
+
+# -- for compilers --------------------------------------------------------------------------------------------------
+
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _recurrence(
+    kind: str,
+    pre: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> _Outputs:
+    out, h, c, saved = _run(kind, pre, h0, c0, Weights(w_hh, b_hh, w_hr), batch_sizes, reverse)
+    return out.view(*pre.shape[:-1], out.size(1)), h, c, *saved
+
+
+def _recurrence_fake(
+    kind: str,
+    pre: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> _Outputs:
+    flat = pre.new_empty(pre.shape[:-1].numel(), pre.size(-1))
+    out = pre.new_empty(*pre.shape[:-1], h0.size(1))
+    c = pre.new_empty(0 if c0 is None else c0.shape)
+    return out, pre.new_empty(h0.shape), c, *Saved.empty(kind, flat, h0)
+
+
+def _recurrence_backward(
+    kind: str,
+    grad: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    gates: Tensor,
+    before: Tensor,
+    inner: Tensor,
+    squashed: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    mask: list[bool],
+) -> list[Tensor]:
+    saved, weights = Saved(gates, before, inner, squashed), Weights(w_hh, b_hh, w_hr)
+    steps = steps_of((before.size(0) // h0.size(0), h0.size(0)), batch_sizes, reverse)
+    grads = _gradients(kind, (grad, grad_h, grad_c), saved, weights, steps, mask)
+    return [g for g in grads if g is not None]
+
+
+def _recurrence_backward_fake(
+    kind: str,
+    grad: Tensor | None,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    gates: Tensor,
+    before: Tensor,
+    inner: Tensor,
+    squashed: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    mask: list[bool],
+) -> list[Tensor]:
+    shapes = [(before.size(0), w_hh.size(0)), h0.shape, c0, w_hh, b_hh, w_hr]
+    return [
+        before.new_empty(s if isinstance(s, tuple) else s.shape, dtype=before.dtype if place < 3 else w_hh.dtype)
+        for place, (s, asked) in enumerate(zip(shapes, mask, strict=True))
+        if asked and s is not None
+    ]
+
+
+recurrence_op = define("recurrence", _recurrence, _recurrence_fake)
+recurrence_backward_op = define("recurrence_backward", _recurrence_backward, _recurrence_backward_fake)
+first_derivative_only(recurrence_backward_op, instead=_INSTEAD)
+
+_PLACES = (1, 2, 3, 4, 5, 6)
+"""Arguments of the op that may ask for a gradient: pre, h0, c0, W_hh, b_hh, W_hr."""
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    ctx.kind, pre, h0, c0, w_hh, b_hh, w_hr, batch_sizes, ctx.reverse = inputs
+    ctx.mask, ctx.shape = [ctx.needs_input_grad[place] for place in _PLACES], pre.shape
+    out, _, _, gates, *saved = output
+    gates = out.view(-1, out.size(-1)) if ctx.kind.startswith("rnn") else gates
+    ctx.save_for_backward(gates, *saved, h0, c0, w_hh, b_hh, w_hr, batch_sizes)
+    ctx.set_materialize_grads(False)
+
+
+def _formula(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any) -> Any:
+    """The derivative by the registered op; nothing reads what is saved, which has no gradient."""
+    made = iter(recurrence_backward_op(ctx.kind, grad, grad_h, grad_c, *ctx.saved_tensors, ctx.reverse, ctx.mask))
+    grads = [next(made) if asked else None for asked in ctx.mask]
+    if grads[0] is not None:
+        grads[0] = grads[0].view(ctx.shape)
+    return None, *grads, None, None
+
+
+torch.library.register_autograd(recurrence_op, _formula, setup_context=_save)
+
+
+# -- eager ----------------------------------------------------------------------------------------------------------
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kind: str,
+        pre: Tensor,
+        h0: Tensor,
+        c0: Tensor | None,
+        w_hh: Tensor,
+        b_hh: Tensor | None,
+        w_hr: Tensor | None,
+        batch_sizes: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = Weights(w_hh, b_hh, w_hr)
+        out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
+        saved = saved._replace(gates=out) if kind.startswith("rnn") else saved
+        ctx.kind, ctx.shape, ctx.steps = kind, pre.shape, steps_of(pre.shape, batch_sizes, reverse)
+        ctx.mask = [ctx.needs_input_grad[place] for place in _PLACES]
+        ctx.save_for_backward(*saved, *weights)
+        ctx.set_materialize_grads(False)
+        return whole(out.view(*pre.shape[:-1], out.size(1))), h, c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(f"a recurrence has no second derivative; {_INSTEAD}")
+        tensors = ctx.saved_tensors
+        saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:])
+        made = _gradients(ctx.kind, (grads[0], grads[1], grads[2]), saved, weights, ctx.steps, ctx.mask)
+        if made[0] is not None:
+            made[0] = made[0].view(ctx.shape)
+        return None, *made, None, None
+
+
+eager(recurrence_op, _Recurrence)
