@@ -7,10 +7,13 @@ inputs of what goes on to Inductor, so that no partitioner can redraw, merge or 
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch._dynamo.config
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import active_fake_mode
@@ -20,6 +23,10 @@ from dropfx.errors import InvalidOption, PassError
 from dropfx.options import NAMES, make_options
 from dropfx.pass_infra import Options
 from dropfx.runtime import OTHER_RANDOM, runtime
+
+if os.environ.get("DROPFX_ALLOW_RNN") != "0":
+    # by default Dynamo leaves nn.LSTM out of its graphs, and says nothing; loading the entry point is early enough
+    torch._dynamo.config.allow_rnn = True
 
 INNER = ("inductor", "aot_eager", "eager")
 BACKEND_NAMES = (*NAMES, "inner", "inner_options")
@@ -47,7 +54,7 @@ def backend(
     checked, inner, inner_options = _checked({} if options is None else options)
     compile_inner = _inner(inner, inner_options, mode)
     naming = Naming(module)
-    if not naming.sites and not _drops_otherwise(module):
+    if not naming.sites and not naming.recurrent and not _drops_otherwise(module):
         return compile_inner(module, example_inputs)
     results = len(results_of(module.graph))
     as_written = fx.GraphModule(module, copy_of(module.graph))
@@ -55,9 +62,10 @@ def backend(
         rewritten, parts = rewrite(module, checked, naming)
     except PassError as error:
         warnings.warn(f"dropfx: {error}; the graph is compiled as written", RuntimeWarning, stacklevel=2)
-        parts = []
+        rewritten, parts = module, []
     draws = [example for part in parts for example in part.examples]
-    compiled = compile_inner(rewritten if parts else module, [*example_inputs, *draws])
+    # no further compiler takes a recurrent function as written
+    compiled = compile_inner(rewritten if parts or naming.recurrent else module, [*example_inputs, *draws])
 
     def run(*args: Any) -> Sequence[Any]:
         if runtime.disabled:

@@ -28,7 +28,7 @@ from dropfx.passes import PIPELINE
 from dropfx.runtime import numbers_of_their_own
 from dropfx.sharding import is_distributed
 from dropfx.site_draws import SiteDraws
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES
+from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -54,6 +54,7 @@ class Naming:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.sites: dict[fx.Node, str] = {}
+        self.recurrent: dict[fx.Node, tuple[str, int]] = {}
         self._calls: Counter[str] = Counter()
         self._inputs = itertools.count()
         self._name(module)
@@ -65,12 +66,20 @@ class Naming:
                 self._name(bodies[node])
             elif node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
                 self.sites[node] = self._site_name(node)
+            elif node.op == "call_function" and node.target in RECURRENT_FUNCTIONS:
+                path, _ = self._owner(node)
+                self._calls[path] += 1
+                self.recurrent[node] = path, self._calls[path]
+
+    def _owner(self, node: fx.Node) -> tuple[str, Any]:
+        """Path and class of the innermost module whose forward makes this call."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path, cls = stack[-1] if stack else ("", None)
+        return re.sub(r"^[LG]\['\w+'\]\.?", "", path), cls
 
     def _site_name(self, node: fx.Node) -> str:
         """Path of the module that drops, as `dropfx.compile` names it."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path, cls = stack[-1] if stack else ("", None)
-        path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
+        path, cls = self._owner(node)
         if cls in DROPOUT_MODULES:
             self._calls[path] += 1
             return path if self._calls[path] == 1 else f"{path}#{self._calls[path]}"
@@ -184,6 +193,9 @@ def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming) -> None:
             node.meta["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
             effects += 1
         node.meta["after_effects"] = effects
+        if source in naming.recurrent:
+            path, calls = naming.recurrent[source]
+            node.meta["recurrent"] = {"path": path, "calls": calls, "live": None}
         if source in naming.sites:
             if isinstance(value, Tensor):
                 int(value.shape[DROPOUT_FUNCTIONS[node.target]])  # its units must not vary: Dynamo guards on them

@@ -1,7 +1,8 @@
 """lstm(x, (h, c), weights, ...) -> recurrence(linear(x, W_ih, b_ih + b_hh), h, c, W_hh) a layer and direction
 
 The dropouts between layers become sites of their own, and the product of the inputs a Linear like any other: it is
-gathered as such, for all steps at once. GRU and RNN alike.
+gathered as such, for all steps at once. GRU and RNN alike. One that does not train stays whole; further compilers get
+it as an op of ours, because PyTorch 2.13 breaks on what it would make of oneDNN's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from dropfx import ops
@@ -21,14 +22,20 @@ from dropfx.pass_infra import Context, PassResult
 from dropfx.sites import RECURRENT_FUNCTIONS
 
 def expand_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
-    """Take apart the recurrent layers that train; those in eval mode stay whole."""
-    modified = False
+    """Take apart what trains, and wrap the rest where the graph goes on to a further compiler."""
+    modified, grad_mode = False, torch.is_grad_enabled()
     for node in list(module.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            grad_mode = node.args[0]
         if node.op != "call_function" or node.target not in RECURRENT_FUNCTIONS:
             continue
         call = _call(node)
-        if call is not None and call.training:
-            _expand(node, call)
+        if call is not None and (call.training or not context.eager):
+            results = _expand(node, call) if call.training else _wrap(node, call, grad_mode)
+            for user in list(node.users):
+                user.replace_all_uses_with(results[cast(int, user.args[1])])
+                node.graph.erase_node(user)
+            node.graph.erase_node(node)
             modified = True
     return PassResult(module, modified)
 
@@ -82,7 +89,17 @@ def _call(node: fx.Node) -> Call | None:
     )
 
 
-def _expand(node: fx.Node, call: Call) -> None:
+def _wrap(node: fx.Node, call: Call, grad_mode: bool) -> list[fx.Node]:
+    """The output and the last states, computed as written."""
+    emit = Emitter(node)
+    options = (call.biases, call.layers, call.directions == 2, call.batch_first, grad_mode)
+    tensors = call.x, call.batch_sizes, call.states, call.weights
+    made = emit(ops.recurrent_as_written_op, call.kind, *tensors, *options)
+    return [emit(operator.getitem, made, number) for number in range(1 + len(call.states))]
+
+
+def _expand(node: fx.Node, call: Call) -> list[fx.Node]:
+    """The output and the last states, computed layer by layer."""
     emit = Emitter(node)
     value, last = call.x, list[list[fx.Node]]()
     each = len(call.weights) // (call.layers * call.directions)
@@ -98,11 +115,7 @@ def _expand(node: fx.Node, call: Call) -> None:
         if layer < call.layers - 1 and call.dropout:
             value = emit(F.dropout, value, call.dropout, True)
             value.meta["site"] = _site(node, call, layer)
-    results = [value, *(emit(torch.stack, list(states)) for states in zip(*last, strict=True))]
-    for user in list(node.users):
-        user.replace_all_uses_with(results[cast(int, user.args[1])])
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+    return [value, *(emit(torch.stack, list(states)) for states in zip(*last, strict=True))]
 
 
 def _layer(emit: Emitter, call: Call, x: fx.Node, place: int, weights: Sequence[fx.Node]) -> list[fx.Node]:
@@ -138,7 +151,8 @@ class Emitter:
     def __init__(self, node: fx.Node) -> None:
         self._node = node
         self._kept = {key: value for key, value in node.meta.items() if key in ("path", "after_effects")}
-        self._mode = detect_fake_mode([value_of(n) for n in node.all_input_nodes])
+        # the values' own: a compiler that is at work has one too
+        self._mode = next(v.fake_mode for n in node.all_input_nodes if isinstance(v := value_of(n), FakeTensor))
 
     def __call__(self, target: str | Callable[..., Any], *args: Any) -> fx.Node:
         """A node of a function, or of the method of that name."""
@@ -146,7 +160,7 @@ class Emitter:
         with graph.inserting_before(self._node):
             made = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
         values: Any = fx.node.map_arg(args, lambda n: n.meta["val"])
-        assert self._mode is not None
         with self._mode, torch.enable_grad():
-            made.meta = {**self._kept, "val": getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)}
+            value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+        made.meta = {**self._kept, "val": value}
         return made

@@ -3,6 +3,7 @@
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.linear import linear_op
+from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.recurrence import recurrence_op
 from dropfx.ops.residual import residual_add_op
 from dropfx.ops.tiles import tiled_linear_op
@@ -14,6 +15,7 @@ __all__ = [
     "linear_op",
     "put_op",
     "recurrence_op",
+    "recurrent_as_written_op",
     "residual_add_op",
     "scale_units",
     "spread_rows",
