@@ -10,6 +10,7 @@ from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
@@ -34,6 +35,7 @@ PIPELINE = (
     rewrite_linear,
     rewrite_embedding,
     rewrite_residual,
+    join_recurrent,
     fold_scale,
     lower,
     fuse_activation,

@@ -4,6 +4,7 @@ from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.linear import linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
+from dropfx.ops.recurrent.buffer import in_one_buffer
 from dropfx.ops.recurrent.recurrence import recurrence_op
 from dropfx.ops.residual import residual_add_op
 from dropfx.ops.tiles import tiled_linear_op
@@ -12,6 +13,7 @@ from dropfx.ops.units import put_op, scale_units, spread_rows, take_op
 __all__ = [
     "EAGER",
     "embedding_op",
+    "in_one_buffer",
     "linear_op",
     "put_op",
     "recurrence_op",
