@@ -21,6 +21,7 @@ from dropfx.graphs import argument, value_of
 from dropfx.pass_infra import Context, PassResult
 from dropfx.sites import RECURRENT_FUNCTIONS
 
+
 def expand_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
     """Take apart what trains, and wrap the rest where the graph goes on to a further compiler."""
     modified, grad_mode = False, torch.is_grad_enabled()

@@ -31,9 +31,7 @@ def _walk(kind: str, pre: Tensor, h: Tensor, c: Tensor, weights: Weights, steps:
     return rnn.forward(kind, pre, h, weights, steps)
 
 
-def _walk_back(
-    kind: str, grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, weights: Weights, steps: Steps
-) -> Flows:
+def _walk_back(kind: str, grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, weights: Weights, steps: Steps) -> Flows:
     if kind == "lstm":
         return lstm.backward(grad, dh, dc, saved, weights, steps)
     if kind == "gru":
