@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graphs import op_name, value_of
+from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
 
 
@@ -37,7 +37,7 @@ def _in_one_piece(node: fx.Node) -> bool:
     if value is None or (reverse and batch_sizes is not None):  # no function visits packed rows backwards alone
         return False
     if value.device.type == "cuda":
-        return torch.backends.cudnn.is_available()
+        return bool(torch.backends.cudnn.is_available())
     one_dnn = value.device.type == "cpu" and torch.backends.mkldnn.is_available()
     return one_dnn and kind == "lstm" and w_hr is None and value.dtype is torch.float32
 
@@ -64,7 +64,7 @@ def _inputs(node: fx.Node) -> _Inputs | None:
             return None
         cols: tuple[Any, Any] | None = None if starts is None else (starts, run)
     elif linear.target is F.linear:
-        x, weight, bias = (*linear.args, *[None] * (3 - len(linear.args)))
+        x, weight, bias = linear.args[0], linear.args[1], argument(linear, 2, "bias")
         cols = None
     else:
         return None

@@ -1,4 +1,4 @@
-"""i, f, o = sigmoid(z)  g = tanh(z)  with z = pre + h @ W_hh^T        c' = f*c + i*g        h' = o*tanh(c') [@ W_hr^T]"""
+"""i, f, o = sigmoid(z)  g = tanh(z)  with z = pre + h @ W_hh^T        c' = f*c + i*g    h' = o*tanh(c') [@ W_hr^T]"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def unprojected(saved: Saved) -> Tensor:
 
 
 def _slopes(saved: Saved) -> tuple[Tensor, Tensor]:
-    """Of z [N, 4H]: those of i, f, g by the cell state's gradient, that of o by h's. Of the cell state by h's [N, H]."""
+    """Of z [N, 4H], i, f, g by the cell state's gradient and o by h's; of the cell state by h's [N, H]."""
     made, of_cell = torch.empty_like(saved.gates), torch.empty_like(saved.squashed)
     i, f, g, o = saved.gates.chunk(4, 1)
     di, df, dg, do = made.chunk(4, 1)

@@ -38,7 +38,8 @@ def _packed(weight: Tensor, batch: int) -> Product:
     def product(x: Tensor, y: Tensor) -> Tensor:
         image, added = _image(x), _image(y)
         out = convolve(image, added, packed, None, zeros, ones, ones, 1, "add", 1.0, None, [], None)
-        return out.permute(0, 2, 3, 1).view(y.shape)
+        rows: Tensor = out.permute(0, 2, 3, 1).view(y.shape)
+        return rows
 
     return product
 

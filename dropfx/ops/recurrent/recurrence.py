@@ -1,4 +1,4 @@
-"""h_t, c_t = cell(pre_t, h_{t-1}, c_{t-1})        for all steps t, with what the inputs add to the gates computed before.
+"""h_t, c_t = cell(pre_t, h_{t-1}, c_{t-1})        for all steps t; what the inputs add to the gates is given.
 
     kind "lstm" | "gru" | "rnn_tanh" | "rnn_relu"
     pre [T, B, G*H], or packed [N, G*H] with batch_sizes int64 [T]; h0 [B, P]; c0 [B, H] (LSTM)
@@ -59,7 +59,9 @@ def _run(
 
 
 def _cast(weights: Weights, like: Tensor) -> Weights:
-    return Weights(*(None if w is None else w.to(like.dtype) for w in weights))
+    hh, *others = (None if w is None else w.to(like.dtype) for w in weights)
+    assert hh is not None
+    return Weights(hh, *others)
 
 
 def _gradients(
