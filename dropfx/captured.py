@@ -27,7 +27,7 @@ from dropfx.pass_infra import Context, Options, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.runtime import numbers_of_their_own
 from dropfx.sharding import is_distributed
-from dropfx.site_draws import SiteDraws
+from dropfx.site_draws import SiteDraws, grouped
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -99,7 +99,7 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
     if _transformed(module.graph) or _tensor_parallel(module.graph):
         return module, []
     graph = copy_of(module.graph)
-    _prepare(module.graph, graph, naming)
+    _prepare(module.graph, graph, naming, options.groups == "time")
     _spell_out_sizes(module.graph, graph)
     context = _context(graph, options)
     graph = run_passes(module, graph, PIPELINE, context)
@@ -157,7 +157,7 @@ def _lengths_as_tensors(graph: fx.Graph, results: int, context: Context) -> None
     output = graph.output_node()
     made: list[Any] = list(results_of(graph))
     with graph.inserting_before(output):
-        for place, index in enumerate(context.draws if len(made) > results else (), results):
+        for place, index in enumerate(grouped(context), results):
             device: dict[str, Any] = {"device": context.sites[index].device}
             made[place] = graph.call_function(torch.empty, ((made[place], 0),), device)
     output.args = (tuple(made),)
@@ -181,8 +181,8 @@ def _pass_on(graph: fx.Graph, checkpoint: fx.Node, parts: list[Part], naming: Na
 # -- from Dynamo's graph to the form of the passes ------------------------------------------------------------------
 
 
-def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming) -> None:
-    """Give the copied nodes what passes read in their meta."""
+def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, by_step: bool) -> None:
+    """Give the copied nodes what passes read in their meta; `by_step`: there will be a draw a step."""
     memory = _Memory()
     effects = 0
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
@@ -199,6 +199,8 @@ def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming) -> None:
         if source in naming.sites:
             if isinstance(value, Tensor):
                 int(value.shape[DROPOUT_FUNCTIONS[node.target]])  # its units must not vary: Dynamo guards on them
+                if by_step and value.dim() == 3:
+                    int(value.shape[0]), int(value.shape[1])  # nor its steps
             rate = source.args[1] if len(source.args) > 1 else source.kwargs.get("p", 0.5)
             node.meta["site"] = {"name": naming.sites[source], "rate": _rate(rate), "live": None}
 
@@ -294,7 +296,7 @@ def _bind(graph: fx.Graph, context: Context, fakes: FakeTensorMode | None, namin
                 graph.erase_node(nodes[field])
             else:
                 substitute(graph, nodes[field], value)
-    return Part(draws, inputs, examples, len(context.draws) if context.options.groups > 1 else 0)
+    return Part(draws, inputs, examples, len(grouped(context)))
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:

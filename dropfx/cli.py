@@ -113,6 +113,10 @@ def _block(text: str) -> str:
     return text
 
 
+def _groups(text: str) -> int | str:
+    return text if text == "time" else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dropfx", description="Stop paying for what dropout drops.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -149,7 +153,7 @@ def _model_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
         help="one input, such as 20,35:int64<8800; repeat for several",
     )
     command.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
-    command.add_argument("--groups", type=int, default=1, help="draws a batch (default: 1)")
+    command.add_argument("--groups", type=_groups, default=1, help="draws a batch, or 'time': one a step (default: 1)")
     command.add_argument("--block", type=_block, default="auto", help="units in a block, or auto")
     command.add_argument("--min-speedup", type=_finite, default=1.05, help="0 rewrites all that can be")
     return command

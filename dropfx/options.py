@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,15 +38,15 @@ def make_options(
         close = difflib.get_close_matches(name, accepted, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(accepted)}{hint}")
-    if type(groups) is not int or groups < 1:
-        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws a batch)")
+    if groups != "time" and (type(groups) is not int or groups < 1):
+        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws a batch) and 'time'")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
         raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
     _check_lowering(lowering)
     made = _make_pattern(pattern, block)
-    if groups > 1 and isinstance(made, Tile):
+    if groups != 1 and isinstance(made, Tile):
         raise InvalidOption(f"groups: got {groups!r}, but the tiles of a weight serve the whole batch: accepted is 1")
-    return Options(made, lowering, float(min_speedup), groups)
+    return Options(made, lowering, float(min_speedup), cast(Any, groups))
 
 
 def _make_pattern(pattern: str | Pattern, block: int | str) -> Pattern:

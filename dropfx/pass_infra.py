@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -25,15 +25,17 @@ class Options:
     pattern: Pattern
     lowering: str = "auto"
     min_speedup: float = 1.05
-    groups: int = 1
+    groups: int | Literal["time"] = 1
 
-    def realise(self, units: int, rate: float) -> Realisation:
-        """The pattern fitted to an axis, with a draw a group.
+    @property
+    def along_rows(self) -> bool:
+        """There are several draws a batch, for chunks of the leading axis whatever that is."""
+        return self.groups != "time" and self.groups > 1
 
-        Raises:
-            PatternRefused: the axis cannot be dropped at this rate.
-        """
-        return self.pattern.realise(units, rate, self.groups)
+    @property
+    def grouped(self) -> bool:
+        """A site may have several draws a call."""
+        return self.groups != 1
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Site:
         node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
         axis: its unit axis, counted from the end.
         rank, leading: dimensions of its tensor, and the length of the first one in the trace.
+        groups: draws a call.
+        steps_second: the groups are steps, which lie on the tensor's second axis as the model has it.
         weights: shapes of the weights that drop tiles for it.
         realisation: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
@@ -59,6 +63,8 @@ class Site:
     axis: int = -1
     rank: int = 0
     leading: int = 0
+    groups: int = 1
+    steps_second: bool = False
     weights: list[tuple[int, int]] = field(default_factory=list)
     realisation: Realisation | None = None
     reason: str = ""
@@ -90,6 +96,7 @@ class Context:
         sites: filled by find_sites, decided by plan_regions.
         draws: site index -> placeholder nodes, filled by insert_draws.
         lowerings: gathered op and its sites -> lowering and why, where there was a choice; filled by lower.
+        time_axis: of the recurrent layers' inputs: 0, or 1 where the batch is first; None without any.
     """
 
     options: Options
@@ -99,6 +106,7 @@ class Context:
     sites: list[Site] = field(default_factory=list)
     draws: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
     lowerings: dict[str, str] = field(default_factory=dict)
+    time_axis: int | None = None
     flops_dense: int = 0
     flops_compact: int = 0
 

@@ -51,7 +51,7 @@ class SiteDraws:
 
     def record(self, draws: dict[int, Draw | TileDraw], rows: Sequence[int]) -> None:
         """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""
-        lengths = dict(zip(self._context.draws, rows, strict=False))
+        lengths = dict(zip(grouped(self._context), rows, strict=False))
         for index, draw in draws.items():
             site = self._context.sites[index]
             if isinstance(draw, TileDraw):
@@ -73,4 +73,10 @@ def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:
     if length is None:
         return mask.view(-1, *behind)
     between = [1] * (site.rank - 2 - len(behind))
-    return by_row(mask, length).view(length, *between, mask.size(-1), *behind)
+    leading = [*between, length] if site.steps_second else [length, *between]
+    return by_row(mask, length).view(*leading, mask.size(-1), *behind)
+
+
+def grouped(context: Context) -> list[int]:
+    """Numbers of the rewritten sites with several draws, of whose leading axes the graph returns the lengths."""
+    return [index for index in context.draws if context.sites[index].groups > 1]

@@ -69,8 +69,9 @@ class Specialisation:
         self.leaves = traced.leaves
         self.context = _transform(root, traced, prefix, options)
         # a leading axis of 1 may be a size or a broadcast, which only its value tells
-        lone = options.groups > 1 and any(site.rewritten and site.leading == 1 for site in self.context.sites)
-        self.shapes = _shapes(args, kwargs) if traced.exact_shapes or lone else None
+        lone = options.grouped and any(site.rewritten and site.leading == 1 for site in self.context.sites)
+        by_step = options.groups == "time" and any(site.groups > 1 for site in self.context.sites)
+        self.shapes = _shapes(args, kwargs) if traced.exact_shapes or lone or by_step else None
         self.sites = [s for s in self.context.sites if s.rewritten]
         self._results = traced.out_spec.num_leaves
         self._out_spec = None if traced.out_spec.is_leaf() else traced.out_spec
@@ -184,7 +185,7 @@ def _kind(rate: Any, site: Site, options: Options) -> tuple[str, Realisation | N
     if not site.rewritten or site.realisation is None:
         return "drops", None
     try:
-        fit = options.realise(site.realisation.units, rate)
+        fit = options.pattern.realise(site.realisation.units, rate, site.groups)
     except PatternRefused:
         return "not drawable", None
     return ("ragged" if fit.ragged else "drawn"), fit

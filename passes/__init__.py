@@ -11,6 +11,7 @@ from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.join_recurrent import join_recurrent
+from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
@@ -24,6 +25,7 @@ from dropfx.passes.rewrite_views import rewrite_views
 PIPELINE = (
     functionalize,
     expand_recurrent,
+    lead_with_time,
     canonicalize,
     find_sites,
     plan_regions,

@@ -8,15 +8,15 @@ it as an op of ours, because PyTorch 2.13 breaks on what it would make of oneDNN
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from dropfx import ops
+from dropfx.emit import Emitter
 from dropfx.graphs import argument, value_of
 from dropfx.pass_infra import Context, PassResult
 from dropfx.sites import RECURRENT_FUNCTIONS
@@ -31,8 +31,10 @@ def expand_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
         if node.op != "call_function" or node.target not in RECURRENT_FUNCTIONS:
             continue
         call = _call(node)
+        if call is not None and call.batch_sizes is None:
+            context.time_axis = int(call.batch_first)
         if call is not None and (call.training or not context.eager):
-            results = _expand(node, call) if call.training else _wrap(node, call, grad_mode)
+            results = _expand(node, call, context) if call.training else _wrap(node, call, grad_mode)
             for user in list(node.users):
                 user.replace_all_uses_with(results[cast(int, user.args[1])])
                 node.graph.erase_node(user)
@@ -99,43 +101,47 @@ def _wrap(node: fx.Node, call: Call, grad_mode: bool) -> list[fx.Node]:
     return [emit(operator.getitem, made, number) for number in range(1 + len(call.states))]
 
 
-def _expand(node: fx.Node, call: Call) -> list[fx.Node]:
+def _expand(node: fx.Node, call: Call, context: Context) -> list[fx.Node]:
     """The output and the last states, computed layer by layer."""
     emit = Emitter(node)
     value, last = call.x, list[list[fx.Node]]()
     each = len(call.weights) // (call.layers * call.directions)
     for layer in range(call.layers):
+        if layer and call.dropout:
+            value = emit(F.dropout, value, call.dropout, True)
+            value.meta["site"] = _site(node, call, layer - 1)
         outs = []
         for direction in range(call.directions):
             place = layer * call.directions + direction
             weights = call.weights[place * each : (place + 1) * each]
-            out, *state = _layer(emit, call, value, place, weights)
+            out, *state = _layer(emit, call, value, place, weights, context)
             outs.append(out)
             last.append(state)
         value = outs[0] if len(outs) == 1 else emit(torch.cat, outs, -1)
-        if layer < call.layers - 1 and call.dropout:
-            value = emit(F.dropout, value, call.dropout, True)
-            value.meta["site"] = _site(node, call, layer)
+        value = emit("transpose", value, 0, 1) if call.batch_first else value
     return [value, *(emit(torch.stack, list(states)) for states in zip(*last, strict=True))]
 
 
-def _layer(emit: Emitter, call: Call, x: fx.Node, place: int, weights: Sequence[fx.Node]) -> list[fx.Node]:
-    """Output and last states of one direction of a layer."""
+def _layer(
+    emit: Emitter, call: Call, x: fx.Node, place: int, weights: Sequence[fx.Node], context: Context
+) -> list[fx.Node]:
+    """Output, steps first, and last states of one direction of a layer."""
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if call.biases else (None, None)
     w_hr = rest[-1] if len(rest) % 2 else None
     gru = call.kind == "gru"
     bias = b_ih if gru or b_ih is None else emit(torch.add, b_ih, b_hh)
-    pre = emit(F.linear, x, w_ih, bias)
-    pre = emit("transpose", pre, 0, 1) if call.batch_first else pre
+    # the inputs are narrower than the gates, or their kept units are; but groups lie along the batch
+    early = call.batch_first and not context.options.along_rows
+    pre = emit(F.linear, emit("transpose", x, 0, 1) if early else x, w_ih, bias)
+    pre = emit("transpose", pre, 0, 1) if call.batch_first and not early else pre
     states: list[fx.Node | None] = [emit("select", state, 0, place) for state in call.states]
     states += [None] * (2 - len(states))
     reverse = place % call.directions == 1
     made = emit(
         ops.recurrence_op, call.kind, pre, *states, w_hh, b_hh if gru else None, w_hr, call.batch_sizes, reverse
     )
-    out, *last = (emit(operator.getitem, made, number) for number in range(1 + len(call.states)))
-    return [emit("transpose", out, 0, 1) if call.batch_first else out, *last]
+    return [emit(operator.getitem, made, number) for number in range(1 + len(call.states))]
 
 
 def _site(node: fx.Node, call: Call, gap: int) -> dict[str, Any]:
@@ -144,24 +150,3 @@ def _site(node: fx.Node, call: Call, gap: int) -> dict[str, Any]:
     name = f"{known['path']}.dropout[{gap}]" if known["path"] else f"dropout[{gap}]"
     name = name if known["calls"] == 1 else f"{name}#{known['calls']}"
     return {"name": name, "rate": call.dropout, "live": known["live"]}
-
-
-class Emitter:
-    """Adds nodes before one that they replace, with their fake values."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self._node = node
-        self._kept = {key: value for key, value in node.meta.items() if key in ("path", "after_effects")}
-        # the values' own: a compiler that is at work has one too
-        self._mode = next(v.fake_mode for n in node.all_input_nodes if isinstance(v := value_of(n), FakeTensor))
-
-    def __call__(self, target: str | Callable[..., Any], *args: Any) -> fx.Node:
-        """A node of a function, or of the method of that name."""
-        graph = self._node.graph
-        with graph.inserting_before(self._node):
-            made = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
-        values: Any = fx.node.map_arg(args, lambda n: n.meta["val"])
-        with self._mode, torch.enable_grad():
-            value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
-        made.meta = {**self._kept, "val": value}
-        return made

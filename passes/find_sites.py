@@ -43,11 +43,12 @@ def _site(node: fx.Node, context: Context) -> Site:
     value = value_of(node)
     if not site.reason and value is not None:
         site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()
-        site.leading = value.size(0)
+        site.leading, site.steps_second = value.size(0), node.meta.get("steps_second", False)
         if isinstance(context.options.pattern, Tile):  # fitted to the weights behind it
             return site
+        site.groups = _groups(site, context)
         try:
-            site.realisation = context.options.realise(value.shape[site.axis], site.rate)
+            site.realisation = context.options.pattern.realise(value.shape[site.axis], site.rate, site.groups)
         except PatternRefused as refusal:
             site.reason = str(refusal)
     return site
@@ -68,9 +69,16 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
     if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
         return f"its input has {value.dim()} dimension(s)"
-    if context.options.groups > 1 and value.dim() + site.axis < 1:
+    if context.options.along_rows and value.dim() + site.axis < 1:
         return "its input has no leading axis along which groups could lie"
     return ""
+
+
+def _groups(site: Site, context: Context) -> int:
+    """Draws a call: one a step where there are steps, [T, B, units]; in a loop over steps each call draws anyway."""
+    if context.options.groups != "time":
+        return context.options.groups
+    return site.leading if context.time_axis is not None and site.rank == 3 and site.axis == -1 else 1
 
 
 def _prefixed(prefix: str, name: str) -> str:

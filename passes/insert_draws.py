@@ -27,7 +27,7 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
                 }
             elif site.takes_rate and site.node is not None:
                 _set_rate(site.node, graph.placeholder(f"rate_{index}"))
-    if context.options.groups > 1:
+    if context.options.grouped:
         _insert_rows(graph, context)
     return PassResult(module, True)
 
@@ -39,6 +39,8 @@ def _insert_rows(graph: fx.Graph, context: Context) -> None:
     """
     output = graph.output_node()
     for index, draw in context.draws.items():
+        if context.sites[index].groups == 1:
+            continue
         first = next(node for node in graph.nodes if index in sites_of(node))
         source = rows_source(first)
         with graph.inserting_before(first):

@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, value_of
 from dropfx.pass_infra import Context, PassResult
 
 
@@ -53,10 +53,8 @@ class _Inputs(NamedTuple):
 
 def _inputs(node: fx.Node) -> _Inputs | None:
     """None where others read the product too, or it is not one product for all rows."""
-    pre = cast(fx.Node, node.args[1])
-    turned = op_name(pre) == "transpose"
-    linear = cast(fx.Node, pre.args[0]) if turned else pre
-    if len(pre.users) > 1 or len(linear.users) > 1:
+    linear = cast(fx.Node, node.args[1])
+    if len(linear.users) > 1:
         return None
     if linear.target is ops.linear_op:
         x, weight, bias, rows, _, starts, run, scale, *leading = linear.args
@@ -68,9 +66,6 @@ def _inputs(node: fx.Node) -> _Inputs | None:
         cols = None
     else:
         return None
-    if turned:
-        with node.graph.inserting_before(linear):
-            x = node.graph.call_method("transpose", (x, 0, 1))
     return _Inputs(cast(fx.Node, x), cast(fx.Node, weight), cast("fx.Node | None", bias), cols)
 
 

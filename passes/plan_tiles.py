@@ -39,7 +39,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         return "the weight of a Linear that reads it drops tiles for another site"
     shapes = [linear_products(user)[1:3] for user in linears]
     try:
-        site.realisation = context.options.realise(min(pattern.tiles(*shape) for shape in shapes), site.rate)
+        site.realisation = context.options.pattern.realise(min(pattern.tiles(*shape) for shape in shapes), site.rate)
     except PatternRefused as refusal:
         return str(refusal)
     dense, tiled = tiled_times(site.node, linears, site.realisation.keep, context.costs)

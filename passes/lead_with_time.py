@@ -1,0 +1,72 @@
+"""dropout(x) -> transpose(dropout(transpose(x)))        for x [B, T, units], where every step has a draw of its own
+
+Groups lie along the leading axis; the transposes move away from the site as far as they commute: into the index of an
+embedding, behind a Linear, and against each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.nn import functional as F
+
+from dropfx.emit import Emitter, fake_value
+from dropfx.graphs import argument, op_name, value_of
+from dropfx.pass_infra import Context, PassResult
+from dropfx.sites import DROPOUT_FUNCTIONS
+
+
+def lead_with_time(module: fx.GraphModule, context: Context) -> PassResult:
+    """Bring steps to the front of the sites of batch-first recurrent networks, under groups="time"."""
+    modified = False
+    if context.options.groups != "time" or context.time_axis != 1:
+        return PassResult(module, modified)
+    for node in list(module.graph.nodes):
+        value = value_of(node)
+        site = node.op == "call_function" and DROPOUT_FUNCTIONS.get(node.target) == -1
+        if site and "pinned" not in node.meta and value is not None and value.dim() == 3:
+            _turn(node)
+            modified = True
+    return PassResult(module, modified)
+
+
+def _turn(site: fx.Node) -> None:
+    emit = Emitter(site)
+    source: Any = argument(site, 0, "input")
+    users = list(site.users)
+    site.replace_input_with(source, _turned(emit, source))
+    site.meta["val"] = fake_value("transpose", site.meta["val"], 0, 1)
+    site.meta["steps_second"] = True
+    behind = Emitter(site.next)
+    back = None
+    for user in users:
+        if _turns(user):
+            user.replace_all_uses_with(site)
+        elif user.target is F.linear and user.args[0] is site:
+            user.meta["val"] = fake_value("transpose", user.meta["val"], 0, 1)
+            readers = list(user.users)
+            turned = Emitter(user.next)("transpose", user, 0, 1)
+            for reader in readers:
+                reader.replace_input_with(user, turned)
+        else:
+            back = back or behind("transpose", site, 0, 1)
+            user.replace_input_with(site, back)
+
+
+def _turned(emit: Emitter, source: fx.Node) -> fx.Node:
+    """source with steps leading."""
+    if _turns(source):
+        inner = source.args[0]
+        assert isinstance(inner, fx.Node)
+        return inner
+    if op_name(source) == "embedding" and len(source.users) == 1 and isinstance(source.args[0], fx.Node):
+        turned = Emitter(source)("transpose", source.args[0], 0, 1)
+        source.replace_input_with(source.args[0], turned)
+        source.meta["val"] = fake_value("transpose", source.meta["val"], 0, 1)
+        return source
+    return emit("transpose", source, 0, 1)
+
+
+def _turns(node: fx.Node) -> bool:
+    return op_name(node) == "transpose" and node.args[1:] == (0, 1)
