@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from dropfx.errors import NoDropoutWarning, PassError
+from dropfx.packed import opened
 from dropfx.pass_infra import Options
 from dropfx.runtime import runtime
 from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
@@ -84,7 +85,7 @@ class State:
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, spec = list(args), len(args)
         else:
-            leaves, spec = pytree.tree_flatten((args, kwargs))  # type: ignore[assignment]
+            leaves, spec = pytree.tree_flatten(opened((args, kwargs)))  # type: ignore[assignment]
         key = None if self.opaque or _not_traceable_now() else key_of(leaves)
         if key is None:
             return self._as_written(module, args, kwargs)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from dropfx.compiled import NOTHING_DROPS, State, original_class, swap, unswap
 from dropfx.errors import DropfxError, InvalidInput, InvalidModel, NoDropoutWarning
 from dropfx.options import make_options
+from dropfx.packed import opened
 from dropfx.patterns import Pattern
 from dropfx.runtime import runtime
 from dropfx.sharding import tensor_parallel
@@ -129,7 +130,7 @@ def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     model.train()
     try:
         plain = not kwargs and all(type(a) is Tensor for a in args)
-        leaves, spec = (list(args), len(args)) if plain else pytree.tree_flatten((args, kwargs))
+        leaves, spec = (list(args), len(args)) if plain else pytree.tree_flatten(opened((args, kwargs)))
         key = key_of(leaves)
         if key is None:
             raise InvalidInput("example_inputs: accepted are tensors, plain Python values and containers of these")

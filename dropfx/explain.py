@@ -23,6 +23,7 @@ from dropfx.compiled import State, swap, unswap
 from dropfx.compiler import check_inputs, check_model
 from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
 from dropfx.options import make_options
+from dropfx.packed import opened
 from dropfx.pass_infra import Options, Site
 from dropfx.runtime import numbers_of_their_own
 from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
@@ -199,7 +200,7 @@ def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
 def copy_inputs(inputs: Any) -> Any:
     """Copies of all tensors in a structure of inputs, so that a trial cannot write into the user's."""
     return pytree.tree_map_only(
-        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if not t.is_sparse else t, inputs
+        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if not t.is_sparse else t, opened(inputs)
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
 from dropfx.draws import Draw, TileDraw
+from dropfx.packed import opened
 from dropfx.pass_infra import Context, Options, Site, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.patterns import PatternRefused, Realisation
@@ -192,4 +193,4 @@ def _kind(rate: Any, site: Site, options: Options) -> tuple[str, Realisation | N
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Size]:
-    return [leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return [leaf.shape for leaf in pytree.tree_leaves(opened((args, kwargs))) if isinstance(leaf, Tensor)]

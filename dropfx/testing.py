@@ -18,6 +18,7 @@ from dropfx.compiler import check_inputs, check_model
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.layered import layered
+from dropfx.packed import opened
 from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
 from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
@@ -107,7 +108,7 @@ def _step(model: nn.Module, seed: int, inputs: Any, kwargs: Any) -> dict[str, Te
     found: dict[str, Tensor | None] = {}
     total: Any = 0
     generator = torch.Generator().manual_seed(seed % 2**63)
-    for index, leaf in enumerate(pytree.tree_leaves(out)):
+    for index, leaf in enumerate(pytree.tree_leaves(opened(out))):
         if isinstance(leaf, Tensor):
             found[f"output {index}"] = leaf.detach()
             if leaf.requires_grad:
@@ -118,7 +119,7 @@ def _step(model: nn.Module, seed: int, inputs: Any, kwargs: Any) -> dict[str, Te
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         found[f"gradient of {name}"] = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-    for index, leaf in enumerate(pytree.tree_leaves((args, named))):
+    for index, leaf in enumerate(pytree.tree_leaves(opened((args, named)))):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             found[f"gradient of input {index}"] = leaf.grad
     found.update({f"buffer {name}": buffer for name, buffer in model.named_buffers()})

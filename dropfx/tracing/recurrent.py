@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from dropfx.tracing.proxies import LiveFloat, TensorProxy
 from dropfx.tracing.refusal import TraceRefused
@@ -33,67 +34,128 @@ def can_record(module: Any) -> bool:
 
 def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> Any:
     """What module.forward(*args, **kwargs) returns, in proxies."""
-    x, state = _arguments(*args, **kwargs)
-    if not isinstance(x, TensorProxy):
-        tracer.refuse(f"its input is a {type(x).__name__}")
-    kind, lstm = module.mode.lower(), module.mode == "LSTM"
-    dropout = module.dropout
-    batched = x.value.dim() == 3
-    axis = (0 if module.batch_first else 1) if batched else None
-    if not batched:
-        x = x.unsqueeze(0 if module.batch_first else 1)
-        axis = 0 if module.batch_first else 1
-    directions = 2 if module.bidirectional else 1
-    hidden = module.proj_size or module.hidden_size
-    sizes = [hidden, module.hidden_size] if lstm else [hidden]
+    given, state = _arguments(*args, **kwargs)
+    lstm = module.mode == "LSTM"
+    form: _Form = _Packed(given) if type(given) is PackedSequence else _Padded(tracer, given, module.batch_first)
     if state is None:
-        states = [x.new_zeros(module.num_layers * directions, x.size(axis), size) for size in sizes]
+        count, hidden = module.num_layers * (1 + module.bidirectional), module.hidden_size
+        sizes = [module.proj_size or hidden, hidden] if lstm else [hidden]
+        states = [form.zeros(tracer, count, size) for size in sizes]
     else:
-        states = list(state) if lstm else [state]
-        states = states if batched else [part.unsqueeze(1) for part in states]
-    _check(tracer, module, x, states)
-    function = getattr(torch, kind)
-    weights = list(module._flat_weights)
+        states = [form.enter(part) for part in (state if lstm else [state])]
+    _check(tracer, module, form, states)
+    dropout = module.dropout
+    options = (module.bias, module.num_layers, float(dropout), True, module.bidirectional)
     made = tracer.record_recurrent(
-        function,
-        (
-            x,
-            tuple(states) if lstm else states[0],
-            weights,
-            module.bias,
-            module.num_layers,
-            float(dropout),
-            True,
-            module.bidirectional,
-            module.batch_first,
-        ),
-        _results(tracer, x, states, hidden * directions),
+        getattr(torch, module.mode.lower()),
+        (*form.data, tuple(states) if lstm else states[0], list(module._flat_weights), *options, *form.options),
+        _results(tracer, form, states, 1 + module.bidirectional),
         (path, "dropout") if isinstance(dropout, LiveFloat) else None,
     )
     out, *last = made
-    if not batched:
-        out = out.squeeze(0 if module.batch_first else 1)
-        last = [part.squeeze(1) for part in last]
-    return out, (tuple(last) if lstm else last[0])
+    last = [form.leave(part) for part in last]
+    return form.result(out), (tuple(last) if lstm else last[0])
 
 
 def _arguments(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
 
 
-def _check(tracer: Tracer, module: Any, x: TensorProxy, states: list[TensorProxy]) -> None:
+class _Form:
+    """How the input comes: what the function is given of it, and what its results and states are turned into.
+
+    Attributes:
+        data: its first arguments.
+        options: its last arguments.
+        batch_sizes: of packed input, else None.
+    """
+
+    data: tuple[Any, ...]
+    options: tuple[Any, ...] = ()
+    batch_sizes: Any = None
+
+    def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
+        """The first state, where none is given."""
+        raise NotImplementedError
+
+    def enter(self, state: Any) -> Any:
+        """A given state, as the function takes it."""
+        return state
+
+    def leave(self, state: Any) -> Any:
+        """A last state, as the module returns it."""
+        return state
+
+    def result(self, out: Any) -> Any:
+        """The output, as the module returns it."""
+        return out
+
+
+class _Padded(_Form):
+    """[T, B, I], [B, T, I], or without a batch."""
+
+    def __init__(self, tracer: Tracer, x: Any, batch_first: bool) -> None:
+        if not isinstance(x, TensorProxy):
+            tracer.refuse(f"its input is a {type(x).__name__}")
+        self._batched, self._axis = x.value.dim() == 3, 0 if batch_first else 1
+        self._x = x if self._batched else x.unsqueeze(self._axis)
+        self.data, self.options = (self._x,), (batch_first,)
+
+    def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
+        return self._x.new_zeros(count, self._x.size(self._axis), size)
+
+    def enter(self, state: Any) -> Any:
+        return state if self._batched else state.unsqueeze(1)
+
+    def leave(self, state: Any) -> Any:
+        return state if self._batched else state.squeeze(1)
+
+    def result(self, out: Any) -> Any:
+        return out if self._batched else out.squeeze(self._axis)
+
+
+class _Packed(_Form):
+    """A PackedSequence: rows [N, I] step after step, sequences in order of their lengths."""
+
+    def __init__(self, packed: Any) -> None:
+        self._packed = packed
+        self.data, self.batch_sizes = (packed.data, packed.batch_sizes), packed.batch_sizes
+
+    def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
+        data, batch_sizes = self.data
+        with tracer.paused(), tracer.fake_mode:
+            value = data.value.new_zeros(count, data.value.size(0) // batch_sizes.value.size(0), size)
+        return tracer.record_known("call_method", "new_zeros", (data, (count, batch_sizes[0], size)), value)
+
+    def enter(self, state: Any) -> Any:
+        order = self._packed.sorted_indices
+        return state if order is None else state.index_select(1, order)
+
+    def leave(self, state: Any) -> Any:
+        order = self._packed.unsorted_indices
+        return state if order is None else state.index_select(1, order)
+
+    def result(self, out: Any) -> Any:
+        return PackedSequence(out, *self._packed[1:])
+
+
+def _check(tracer: Tracer, module: Any, form: _Form, states: list[Any]) -> None:
     """Raises what the module itself would raise for inputs of wrong sizes."""
     with tracer.paused():
-        values = [part.value for part in states]
-        module.check_forward_args(x.value, tuple(values) if module.mode == "LSTM" else values[0], None)
+        x, values = form.data[0].value, [part.value for part in states]
+        if form.batch_sizes is None:
+            module.check_forward_args(x, tuple(values) if module.mode == "LSTM" else values[0], None)
+        else:
+            module.check_input(x, form.batch_sizes.value)
         for value in values:
-            if value.dtype != x.value.dtype and not torch.is_autocast_enabled(x.value.device.type):
+            if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TraceRefused("its input and its state differ in dtype")
 
 
-def _results(tracer: Tracer, x: TensorProxy, states: list[TensorProxy], width: int) -> tuple[Tensor, ...]:
+def _results(tracer: Tracer, form: _Form, states: list[Any], directions: int) -> tuple[Tensor, ...]:
     """Fakes of the output and the last states."""
     with tracer.paused(), tracer.fake_mode:
-        like = x.value
-        values = [like.new_empty(*like.shape[:2], width), *(torch.empty_like(part.value) for part in states)]
+        x, first = form.data[0].value, states[0].value
+        values = [x.new_empty(*x.shape[:-1], first.size(-1) * directions)]
+        values += [torch.empty_like(part.value) for part in states]
         return tuple(value.requires_grad_(torch.is_grad_enabled()) for value in values)

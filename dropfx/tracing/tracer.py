@@ -29,6 +29,7 @@ from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from dropfx.graphs import argument, op_name
+from dropfx.packed import FAKES, opened
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
 from dropfx.sizes import is_fixed
 from dropfx.tracing import recurrent
@@ -145,7 +146,7 @@ class Tracer(fx.Tracer):
     # -- running the forward -------------------------------------------------------------------------------------
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-        leaves, in_spec = pytree.tree_flatten((args, kwargs))
+        leaves, in_spec = pytree.tree_flatten(opened((args, kwargs)))
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
         python_random = random_state()
@@ -161,7 +162,7 @@ class Tracer(fx.Tracer):
     def _record_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> pytree.TreeSpec:
         with python_isinstance(), self._recording():
             out = self._inline(self.skeleton, "", args, kwargs)
-            results, out_spec = pytree.tree_flatten(out)
+            results, out_spec = pytree.tree_flatten(opened(out))
             self.graph.output(tuple(self._result(r) for r in results))
         return out_spec
 
@@ -304,13 +305,18 @@ class Tracer(fx.Tracer):
         return self._wrap(node, value)
 
     def record_recurrent(self, function: Any, args: Any, values: tuple[Tensor, ...], live: Any) -> Any:
-        """A call of torch.lstm or its kin, whose values are known beforehand; `live`: where its rate is read."""
-        if modes() != self._modes:
-            self.refuse(which_mode(self._modes, modes()))
-        node = self._node("call_function", function, self.create_arg(args), {}, values)
+        """A call of torch.lstm or its kin; `live`: where its rate is read."""
+        made = self.record_known("call_function", function, args, values)
+        node = made[0].node.args[0]
         path = node.meta["path"]
         node.meta["recurrent"] = {"path": path, "calls": self._calls[path], "live": live}
-        return self._wrap(node, values)
+        return made
+
+    def record_known(self, kind: str, target: Any, args: Any, value: Any) -> Any:
+        """Append a node whose value is known."""
+        if modes() != self._modes:
+            self.refuse(which_mode(self._modes, modes()))
+        return self._wrap(self._node(kind, target, self.create_arg(tuple(args)), {}, value), value)
 
     def _node(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs)
@@ -385,7 +391,7 @@ class Tracer(fx.Tracer):
                 if kind == "call_module":
                     module: Any = self.skeleton.get_submodule(target)
                     return UNKNOWN if module._dropfx_class is Opaque else run(module, real_args, real_kwargs)
-                return target(*real_args, **real_kwargs)
+                return FAKES.get(target, target)(*real_args, **real_kwargs)
             except _UNKNOWABLE:
                 return UNKNOWN
             except Exception:
