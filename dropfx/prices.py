@@ -25,6 +25,14 @@ def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     return rows, weight.size(0), weight.size(1), 1 + sum(bool(o.meta.get("asks_gradient")) for o in operands)
 
 
+def recurrent_flops(node: fx.Node) -> int:
+    """FLOPs of the products of a recurrence with W_hh and W_hr, which no site shrinks: forward and both gradients."""
+    pre, weights = value_of(node.args[1]), [value_of(node.args[place]) for place in (4, 6)]
+    assert pre is not None
+    rows = pre.numel() // pre.size(-1)
+    return sum(2 * rows * weight.numel() * 3 for weight in weights if weight is not None)
+
+
 def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:
     """Prices of a region whose site keeps the share `keep` in each of `groups` draws, in integer nanoseconds."""
     compact, dense, take, put = {}, {}, {}, {}

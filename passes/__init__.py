@@ -4,6 +4,7 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.drop_packed import drop_packed
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
@@ -24,6 +25,7 @@ from dropfx.passes.rewrite_views import rewrite_views
 
 PIPELINE = (
     functionalize,
+    drop_packed,
     expand_recurrent,
     lead_with_time,
     canonicalize,

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dropfx import ops
 from dropfx.axis_rules import Axis
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
-from dropfx.prices import everything_prices, linear_products, region_prices
+from dropfx.prices import everything_prices, linear_products, recurrent_flops, region_prices
 from dropfx.regions import GEMMS, Region, RegionRefused, cut, ends, grow, price
 
 _SWEEPS = 5
@@ -123,8 +124,11 @@ def sites_of(node: fx.Node) -> set[int]:
 
 
 def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:
-    """FLOPs of the Linears' products, forward and backward: of the model, and around each site."""
+    """FLOPs of the Linears' and recurrent products, forward and backward: of the model, and around each site."""
     for node in graph.nodes:
+        if node.target is ops.recurrence_op:
+            context.flops_dense += recurrent_flops(node)
+            context.flops_compact += recurrent_flops(node)
         weight = value_of(argument(node, 1, "weight")) if op_name(node) == "linear" else None
         if value_of(node) is None or weight is None or weight.dim() != 2:
             continue
