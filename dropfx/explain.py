@@ -89,7 +89,8 @@ class Report:
         lines = [f"{rewritten} of {len(self.sites)} dropouts rewritten"]
         if self.flops_compact:
             lines.append(
-                f"Linear and recurrent FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} ({self.flop_ratio:.2f}x)"
+                f"Linear and recurrent FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} "
+                f"({self.flop_ratio:.2f}x)"
             )
         lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
         lines += [f"{path or 'the model'} runs as written: {reason}" for path, reason in self.opaque.items()]

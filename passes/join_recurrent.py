@@ -1,7 +1,8 @@
 """recurrence(linear(x', W_ih[:, cols]), h, c, W_hh) -> lstm(x', (h, c), (W_ih[:, cols], W_hh, ...))
 
 Where PyTorch has a recurrence in one piece, cuDNN's or oneDNN's, it is faster than steps of ours, on compact inputs
-too. It takes a whole layer, the product of the inputs included.
+too. It takes a whole layer, the product of the inputs included. Compilers get it as an op of ours: PyTorch 2.13 breaks
+on what AOTAutograd would make of it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from dropfx.pass_infra import Context, PassResult
 
 
 def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
-    """Join layers whose kind the device has in one piece; further compilers break on these (PyTorch 2.13)."""
+    """Join the layers whose kind the device has in one piece."""
     modified = False
     for node in list(module.graph.nodes):
-        if node.target is not ops.recurrence_op or not context.eager or not _in_one_piece(node):
+        if node.target is not ops.recurrence_op or not _in_one_piece(node):
             continue
         inputs = _inputs(node)
         if inputs is not None:
-            _join(node, inputs)
+            _join(node, inputs, context)
             modified = True
     return PassResult(module, modified)
 
@@ -69,32 +70,54 @@ def _inputs(node: fx.Node) -> _Inputs | None:
     return _Inputs(cast(fx.Node, x), cast(fx.Node, weight), cast("fx.Node | None", bias), cols)
 
 
-def _join(node: fx.Node, inputs: _Inputs) -> None:
-    kind, _, h0, c0, w_hh, b_hh, w_hr, batch_sizes, reverse = node.args
-    graph = node.graph
+def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
+    graph, reverse = node.graph, node.args[-1]
+    on_cpu = cast(torch.Tensor, value_of(node.args[1])).device.type == "cpu"
     with graph.inserting_before(node):
-        x, weight = inputs.x, inputs.weight
+        weight = inputs.weight
         if inputs.cols is not None:
             weight = graph.call_function(ops.take_op, (weight, *inputs.cols, 1, 0))
-        if reverse:
-            x = graph.call_method("flip", (x, 0))
-        biases = _biases(graph, inputs.bias, b_hh)
-        weights = [w for w in (weight, w_hh, *biases, w_hr) if w is not None]
-        states = tuple(graph.call_method("unsqueeze", (s, 0)) for s in (h0, c0) if s is not None)
-        hx = states if len(states) > 1 else states[0]
-        lead, rest = ((x,), (False,)) if batch_sizes is None else ((x, batch_sizes), ())
-        given: Any = weights
-        if cast(torch.Tensor, value_of(node.args[1])).device.type == "cuda":
-            given = graph.call_function(ops.in_one_buffer, (weights,))
-        args = (*lead, hx, given, bool(biases), 1, 0.0, True, False, *rest)
-        made = graph.call_function(getattr(torch, str(kind)), args)
-        parts = [graph.call_function(operator.getitem, (made, number)) for number in range(1 + len(states))]
-        out = graph.call_method("flip", (parts[0], 0)) if reverse else parts[0]
-        results = [out, *(graph.call_method("squeeze", (part, 0)) for part in parts[1:])]
+        biases = _biases(graph, inputs.bias, node.args[5])
+        if on_cpu and not context.eager and node.args[7] is None:
+            results = _one_dnn(node, inputs.x, weight, biases)
+        else:
+            x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
+            results = _function(node, x, weight, biases, context)
+            results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
     for user in list(node.users):
         user.replace_all_uses_with(results[cast(int, user.args[1])])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _one_dnn(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node]) -> list[fx.Node]:
+    """Output and last states by an op of ours around oneDNN's, for compilers."""
+    _, _, h0, c0, w_hh, *_, reverse = node.args
+    graph = node.graph
+    if not biases:
+        biases = [graph.call_method("new_zeros", (w_hh, (value_of(w_hh).size(0),)))] * 2  # type: ignore[union-attr]
+    made = graph.call_function(ops.lstm_layer_op, (x, weight, w_hh, *biases, h0, c0, reverse))
+    return [graph.call_function(operator.getitem, (made, number)) for number in range(3)]
+
+
+def _function(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node], context: Context) -> list[fx.Node]:
+    """Output and last states by PyTorch's function, as an opaque op for compilers."""
+    kind, pre, h0, c0, w_hh, _, w_hr, batch_sizes, _ = node.args
+    graph = node.graph
+    weights: Any = [w for w in (weight, w_hh, *biases, w_hr) if w is not None]
+    if cast(torch.Tensor, value_of(pre)).device.type == "cuda":
+        weights = graph.call_function(ops.in_one_buffer, (weights,))
+    states = [graph.call_method("unsqueeze", (s, 0)) for s in (h0, c0) if s is not None]
+    if context.eager:
+        hx = tuple(states) if len(states) > 1 else states[0]
+        lead, rest = ((x,), (False,)) if batch_sizes is None else ((x, batch_sizes), ())
+        options = (bool(biases), 1, 0.0, True, False, *rest)
+        made = graph.call_function(getattr(torch, str(kind)), (*lead, hx, weights, *options))
+    else:
+        options = (bool(biases), 1, False, False, True)
+        made = graph.call_function(ops.recurrent_as_written_op, (kind, x, batch_sizes, states, weights, *options))
+    out, *last = [graph.call_function(operator.getitem, (made, number)) for number in range(1 + len(states))]
+    return [out, *(graph.call_method("squeeze", (state, 0)) for state in last)]
 
 
 def _biases(graph: fx.Graph, bias: fx.Node | None, b_hh: Any) -> list[fx.Node]:
