@@ -11,6 +11,7 @@ from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.join_recurrent import join_recurrent
+from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
@@ -38,5 +39,6 @@ PIPELINE = (
     join_recurrent,
     fold_scale,
     lower,
+    keep_weights,
     fuse_activation,
 )

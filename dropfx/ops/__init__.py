@@ -2,7 +2,7 @@
 
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
-from dropfx.ops.linear import linear_op
+from dropfx.ops.linear import kept_weight_op, linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
 from dropfx.ops.recurrent.recurrence import recurrence_op
@@ -14,6 +14,7 @@ __all__ = [
     "EAGER",
     "embedding_op",
     "in_one_buffer",
+    "kept_weight_op",
     "linear_op",
     "put_op",
     "recurrence_op",
