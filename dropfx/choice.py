@@ -54,12 +54,12 @@ def _predicted(node: fx.Node, context: Context, why: str) -> Choice:
     """By the cost table, where there is no measurement; copies where it has no opinion."""
     if node.target is not ops.linear_op:
         return Choice("aten", why)
-    reads, makes = (_keep(form, context) for form in _forms(node))
+    reads, makes = (_keep(form, context) for form in forms_of(node))
     times = lowered_times(node, reads, makes, context.costs)
     return Choice(min(times, key=lambda name: times[name]), f"by the device's cost table; {why}")
 
 
-def _forms(node: fx.Node) -> tuple[Any, Any]:
+def forms_of(node: fx.Node) -> tuple[Any, Any]:
     """What a Linear reads compact and what it makes compact."""
     return next(iter(node.meta.get("reads", {}).values()), None), node.meta.get("form")
 

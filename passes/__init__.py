@@ -12,6 +12,7 @@ from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.join_recurrent import join_recurrent
+from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
@@ -42,5 +43,6 @@ PIPELINE = (
     join_recurrent,
     fold_scale,
     lower,
+    keep_weights,
     fuse_activation,
 )

@@ -2,7 +2,7 @@
 
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
-from dropfx.ops.linear import linear_op
+from dropfx.ops.linear import kept_weight_op, linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
 from dropfx.ops.recurrent.one_dnn import lstm_layer_op
@@ -15,6 +15,7 @@ __all__ = [
     "EAGER",
     "embedding_op",
     "in_one_buffer",
+    "kept_weight_op",
     "linear_op",
     "lstm_layer_op",
     "put_op",

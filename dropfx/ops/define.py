@@ -6,7 +6,7 @@ CPU; the eager front end therefore calls the same functions through a `torch.aut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,18 +64,23 @@ def whole(out: Tensor) -> Tensor:
 _library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
 
 
-def autocast(name: str) -> None:
-    """Let autocast cast the first three arguments of `dropfx::name`: input, weight, bias or None."""
+def _product(args: Sequence[Any]) -> tuple[int, ...]:
+    """Input, weight, bias or None."""
+    return 0, 1, 2
+
+
+def autocast(name: str, operands: Callable[[Sequence[Any]], tuple[int, ...]] = _product) -> None:
+    """Let autocast cast arguments of `dropfx::name`, tensors or None; operands: arguments -> the places of these."""
     op = getattr(torch.ops.dropfx, name).default
 
     # torch.library.register_autocast fixes the dtype at registration; a user's autocast may name another
     def kernel_for(device: str) -> Callable[..., Any]:
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
-        def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device)
+        def kernel(*args: Any) -> Any:
+            dtype, cast = torch.get_autocast_dtype(device), operands(args)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest)
+                return op(*(a.to(dtype) if i in cast and a is not None else a for i, a in enumerate(args)))
 
         return kernel
 

@@ -12,7 +12,7 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,13 +114,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part],
 
 
 def _gradients(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, parts: list[_Part], scale: float
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: bool,
+    parts: list[_Part],
+    scale: float,
+    compact: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX where `weight` is given, dW where `x` is, db where `bias`."""
+    """dX where `weight` is given, dW where `x` is, db where `bias`; compact: the kept weight of the only part."""
     dy = grad.reshape(-1, grad.size(-1))
     dx = dw = db = None
     if weight is not None:
-        found = [_input_gradient(dy[low:high], kept.take(weight), scale) for low, high, kept in parts]
+        found = [
+            _input_gradient(dy[low:high], kept.take(weight) if compact is None else compact, scale)
+            for low, high, kept in parts
+        ]
         dx = found[0] if len(found) == 1 else torch.cat(found)
         dx = dx.view(*grad.shape[:-1], dx.size(1))
     if x is not None:
@@ -145,10 +154,13 @@ def _linear(
     scale: float,
     row_leading: int = 0,
     col_leading: int = 0,
+    compact: Tensor | None = None,
 ) -> Tensor:
+    """compact: W[rows][:, cols] where it was gathered before, without groups; W's own values are not read then."""
     parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
     if len(parts) == 1:
-        return _forward(x, parts[0].kept.take(weight), bias, parts[0].kept, scale)
+        kept = parts[0].kept
+        return _forward(x, kept.take(weight) if compact is None else compact, bias, kept, scale)
     return _product(x, weight, bias, parts, scale)
 
 
@@ -163,6 +175,7 @@ def _linear_fake(
     scale: float,
     row_leading: int = 0,
     col_leading: int = 0,
+    compact: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.size(-1) * row_run])
 
@@ -179,9 +192,11 @@ def _linear_backward(
     mask: list[bool],
     row_leading: int = 0,
     col_leading: int = 0,
+    compact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
-    dx, dw, db = _gradients(grad, x if mask[1] else None, weight if mask[0] else None, mask[2], parts, scale)
+    asked = x if mask[1] else None, weight if mask[0] else None, mask[2]
+    dx, dw, db = _gradients(grad, *asked, parts, scale, compact)
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
         weight.new_empty(0) if dw is None else dw,
@@ -201,6 +216,7 @@ def _linear_backward_fake(
     mask: list[bool],
     row_leading: int = 0,
     col_leading: int = 0,
+    compact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if mask[0] else 0),
@@ -219,25 +235,51 @@ first_derivative_only(linear_backward_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, *ctx.leading = inputs
+    """The twin by kernels takes no `compact`."""
+    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, row_leading, col_leading, *compact = inputs
+    ctx.leading = row_leading, col_leading
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    ctx.save_for_backward(x, weight, rows, cols)
+    ctx.save_for_backward(x, weight, rows, cols, *compact)
 
 
 def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows, cols = ctx.saved_tensors
+        x, weight, rows, cols, *compact = ctx.saved_tensors
         runs = rows, ctx.row_run, cols, ctx.col_run
-        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
-        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
+        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading, *compact)
+        none = [None] * (7 + len(compact))
+        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *none
 
     return backward
 
 
+def _cast(args: Sequence[Any]) -> tuple[int, ...]:
+    """A weight that was gathered before is cast in its place, after the gather; the whole one is not read then."""
+    return (0, 2, 10) if args[10:] and args[10] is not None else (0, 1, 2)
+
+
 torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_context=_save)
-autocast("linear")
+autocast("linear", _cast)
+
+
+def _kept_weight(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor | None, col_run: int) -> Tensor:
+    out = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run)).take(weight)
+    # a window: a registered op may not return a view of its input
+    if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
+        return _kept_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
+    return out
+
+
+def _kept_weight_fake(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor | None, col_run: int) -> Tensor:
+    n = weight.size(0) if rows is None else rows.size(-1) * row_run
+    k = weight.size(1) if cols is None else cols.size(-1) * col_run
+    return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
+
+
+kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
+"""W[rows][:, cols] without a gradient: `linear` takes it as `compact`, and makes the weight's gradient itself."""
 
 
 class _Linear(torch.autograd.Function):

@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dropfx import ops
 from dropfx.ops.embedding import embedding_backward_op
 from dropfx.ops.linear import linear_backward_op
-from tests.backend.steps import captured, check, one_backward
+from dropfx.ops.runs import KeptWeight
+from tests.backend.steps import captured, check, eager, one_backward
+from tests.case import mlp
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -51,12 +53,29 @@ def test_pointwise_operations_fuse_on_compact_tensors(pattern: str) -> None:
     forward, backward = code
     assert forward.count("torch.ops.dropfx.linear.default(") == 2
     assert backward.count("torch.ops.dropfx.linear_backward.default(") == 2
+    # the columns of `outer` serve its output and the gradient of its input; nobody asks for one of `inner`'s input
+    assert [part.count("torch.ops.dropfx.kept_weight.default(") for part in code] == [1, 0]
     loops = [int(bound) for bound in re.findall(r"<static_cast<int64_t>\((\d+)L\)", forward)]
     if pattern == "block":  # 48 of 96 units are kept
         assert loops
         assert all(bound in (6, 48, 6 * 48) for bound in loops), forward
     torch._dynamo.reset()
     check(original, compiled, one_backward, x, sites={"drop"}, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_weights_are_gathered_once_a_step(inner: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the eager function does; a weight behind the first layer, whose input asks for no gradient, included."""
+    gathered = []
+    take = KeptWeight.take
+    monkeypatch.setattr(KeptWeight, "take", lambda self, weight: gathered.append(self) or take(self, weight))
+    original = mlp(48, 96, 64, 8, bias=bias)
+    for compiled in (captured(original, inner=inner), eager(original)):
+        one_backward(compiled, compiled, torch.randn(6, 48))
+        gathered.clear()
+        one_backward(compiled, compiled, torch.randn(6, 48))
+        assert len(gathered) == 3
 
 
 def starts(*values: int) -> Tensor:
@@ -81,6 +100,10 @@ CASES: dict[str, Any] = {
     "linear cols": lambda x, w: (ops.linear_op, (x[..., :16], w, None, None, 0, KEPT, 4, 2.0)),
     "linear both": lambda x, w: (ops.linear_op, (x[..., :16], w, None, KEPT, 4, KEPT, 4, 2.0)),
     "linear groups": lambda x, w: (ops.linear_op, (x, w, None, KEPT.view(2, 2), 4, None, 0, 2.0, 3, 0)),
+    "kept weight": lambda x, w: (ops.kept_weight_op, (w, KEPT, 4, KEPT, 4)),
+    "kept units of a weight": lambda x, w: (ops.kept_weight_op, (w, None, 0, KEPT, 1)),
+    "kept window of a weight": lambda x, w: (ops.kept_weight_op, (w, starts(4), 16, None, 0)),
+    "kept wrapped window": lambda x, w: (ops.kept_weight_op, (w, starts(24), 16, starts(20), 16)),
     "linear backward": lambda x, w: (
         linear_backward_op,
         (x[..., :16], x, w, KEPT, 4, None, 0, 1.0, [True, True, True]),

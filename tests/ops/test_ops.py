@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropfx import ops
 from dropfx.draws import Draw, DrawPlan, draw_number
@@ -70,6 +71,55 @@ def test_linear_of_a_transposed_weight(pattern: Pattern, sides: str, which: str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_linear_passes_opcheck(pattern: Pattern, transposed: bool) -> None:
     opcheck(ops.linear_op, linear_case(pattern, "rows and cols", 0, transposed)[0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sides", ["rows", "cols", "rows and cols"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_linear_with_a_weight_gathered_before(pattern: Pattern, sides: str, transposed: bool) -> None:
+    args, expected = linear_case(pattern, sides, 0, transposed)
+    taken = args[1].detach(), *args[3:7]
+    opcheck(ops.kept_weight_op, taken)
+    compact = ops.kept_weight_op(*taken)
+    opcheck(ops.linear_op, (*args, 0, 0, compact))
+    got = ops.linear_op(*args, 0, 0, compact)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(y.sin().sum(), args[:3]) for y in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert ours[1].stride() == args[1].stride()
+
+
+class Casts(TorchDispatchMode):
+    """Notes how many items each cast has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sides", ["rows", "cols", "rows and cols"])
+def test_autocast_casts_the_gathered_weight_and_not_the_whole(sides: str) -> None:
+    """As eagerly, where the product casts what it reads."""
+    found, casts = [], Casts()
+    for which in FACES:
+        x, w, b, *rest = linear_case(Block(8), sides, 0)[0]
+        given = [t.detach().float().requires_grad_() for t in (x, w, b)]
+        with casts, torch.autocast("cpu", torch.bfloat16):
+            if which == "registered":
+                rest = [*rest, 0, 0, ops.kept_weight_op(given[1].detach(), *rest[:4])]
+            y = face(ops.linear_op, which)(*given, *rest)
+        assert y.dtype == torch.bfloat16
+        found.append([y, *torch.autograd.grad(y.sum(), given)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    assert casts.sizes
+    assert w.numel() not in casts.sizes
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
