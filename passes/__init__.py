@@ -14,6 +14,7 @@ from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
+from dropfx.passes.recognise_masks import recognise_masks
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_residual import rewrite_residual
@@ -21,8 +22,12 @@ from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
 
+AS_WRITTEN = (functionalize, recognise_masks)
+"""Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
+
 PIPELINE = (
     functionalize,
+    recognise_masks,
     expand_recurrent,
     canonicalize,
     find_sites,

@@ -9,6 +9,7 @@ from torch import fx, nn
 from dropfx.graphs import argument, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
+from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
@@ -62,6 +63,8 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return "it writes into memory that is read elsewhere"
     if value is None or value_of(source) is None:
         return "its input's shape is known only when it runs"
+    if node.target is shared_dropout and (reason := _one_mask(node, context)):
+        return reason
     if isinstance(context.options.pattern, Tile):
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
     if isinstance(source, fx.Node) and source.op == "get_attr":
@@ -70,6 +73,16 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return f"its input has {value.dim()} dimension(s)"
     if context.options.groups > 1 and value.dim() + site.axis < 1:
         return "its input has no leading axis along which groups could lie"
+    return ""
+
+
+def _one_mask(node: fx.Node, context: Context) -> str:
+    """Why a mask that positions share cannot be drawn otherwise."""
+    if isinstance(context.options.pattern, Tile):
+        return "its mask is made by hand, of units: pattern='tile' serves calls of dropout"
+    shared = argument(node, 2, "shared")
+    if context.options.groups > 1 and shared[0]:
+        return "it has one mask for its whole leading axis, along which groups would have draws of their own"
     return ""
 
 

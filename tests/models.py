@@ -8,6 +8,7 @@ from tests import (
     models_axes,
     models_hooks,
     models_inplace,
+    models_masks,
     models_modules,
     models_products,
     models_python,
@@ -29,6 +30,7 @@ FILES = (
     models_python,
     models_arguments,
     models_hooks,
+    models_masks,
 )
 
 __all__ = ["CASES", "Case"]
