@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import dropfx
 from tests.backend.steps import FRONT_ENDS, captured, check, eager, one_backward
@@ -101,7 +101,7 @@ class Checkpointed(nn.Module):
         self.inner = model_of("rnn_dropout")
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize("front_end", BOTH)
