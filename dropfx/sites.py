@@ -49,6 +49,7 @@ INLINED_MODULES: tuple[type[nn.Module], ...] = (
     *DROPOUT_MODULES,
     nn.Linear,
     nn.Embedding,
+    *(nn.LSTMCell, nn.GRUCell, nn.RNNCell),
     nn.Flatten,
     nn.Unflatten,
     nn.Identity,

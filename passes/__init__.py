@@ -4,12 +4,14 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
@@ -29,6 +31,7 @@ PIPELINE = (
     functionalize,
     recognise_masks,
     expand_recurrent,
+    expand_cells,
     canonicalize,
     find_sites,
     plan_regions,
@@ -41,6 +44,7 @@ PIPELINE = (
     rewrite_embedding,
     rewrite_residual,
     join_recurrent,
+    join_cells,
     fold_scale,
     lower,
     fuse_activation,

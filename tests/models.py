@@ -6,6 +6,7 @@ from tests import (
     models_arguments,
     models_attention,
     models_axes,
+    models_cells,
     models_hooks,
     models_inplace,
     models_masks,
@@ -29,6 +30,7 @@ FILES = (
     models_attention,
     models_python,
     models_arguments,
+    models_cells,
     models_hooks,
     models_masks,
 )
