@@ -18,10 +18,12 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import active_fake_mode
 
-from dropfx.captured import Naming, Part, copy_of, results_of, rewrite
+from dropfx.captured import Naming, Part, results_of, rewrite
 from dropfx.errors import InvalidOption, PassError
+from dropfx.graphs import copy_of
 from dropfx.options import NAMES, make_options
 from dropfx.pass_infra import Options
+from dropfx.passes import AS_WRITTEN
 from dropfx.runtime import OTHER_RANDOM, runtime
 
 if os.environ.get("DROPFX_ALLOW_RNN") != "0":
@@ -54,11 +56,13 @@ def backend(
     checked, inner, inner_options = _checked({} if options is None else options)
     compile_inner = _inner(inner, inner_options, mode)
     naming = Naming(module)
-    if not naming.sites and not naming.recurrent and not _drops_otherwise(module):
+    if not (naming.sites or naming.recurrent or naming.bernoulli or _drops_otherwise(module)):
         return compile_inner(module, example_inputs)
     results = len(results_of(module.graph))
     as_written = fx.GraphModule(module, copy_of(module.graph))
     try:
+        if naming.bernoulli:  # masks made by hand, which `disabled` turns off only once they are known for that
+            as_written, _ = rewrite(module, checked, naming, AS_WRITTEN)
         rewritten, parts = rewrite(module, checked, naming)
     except PassError as error:
         warnings.warn(f"dropfx: {error}; the graph is compiled as written", RuntimeWarning, stacklevel=2)

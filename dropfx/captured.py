@@ -23,12 +23,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
-from dropfx.pass_infra import Context, Options, run_passes
+from dropfx.graphs import copy_of, op_name
+from dropfx.pass_infra import Context, Options, Pass, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.runtime import numbers_of_their_own
 from dropfx.sharding import is_distributed
 from dropfx.site_draws import SiteDraws, grouped
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
+from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -55,6 +56,7 @@ class Naming:
     def __init__(self, module: fx.GraphModule) -> None:
         self.sites: dict[fx.Node, str] = {}
         self.recurrent: dict[fx.Node, tuple[str, int]] = {}
+        self.bernoulli: dict[fx.Node, str] = {}
         self._calls: Counter[str] = Counter()
         self._inputs = itertools.count()
         self._name(module)
@@ -70,6 +72,10 @@ class Naming:
                 path, _ = self._owner(node)
                 self._calls[path] += 1
                 self.recurrent[node] = path, self._calls[path]
+            elif op_name(node) in BERNOULLI:
+                kind = f"{self._owner(node)[0]}:bernoulli"
+                self._calls[kind] += 1
+                self.bernoulli[node] = f"{kind}_{self._calls[kind]}"
 
     def _owner(self, node: fx.Node) -> tuple[str, Any]:
         """Path and class of the innermost module whose forward makes this call."""
@@ -90,7 +96,9 @@ class Naming:
         return f"dropfx_{field}_{next(self._inputs)}"
 
 
-def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[fx.GraphModule, list[Part]]:
+def rewrite(
+    module: fx.GraphModule, options: Options, naming: Naming, passes: Sequence[Pass] = PIPELINE
+) -> tuple[fx.GraphModule, list[Part]]:
     """A rewritten copy, whose further inputs are those of its parts in their order; no parts where nothing fits.
 
     Raises:
@@ -98,11 +106,11 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
     """
     if _transformed(module.graph) or _tensor_parallel(module.graph):
         return module, []
-    graph = copy_of(module.graph)
+    graph = copy_of(module.graph)  # in the original Dynamo's own notes on the inputs would be lost
     _prepare(module.graph, graph, naming, options.groups == "time")
     _spell_out_sizes(module.graph, graph)
     context = _context(graph, options)
-    graph = run_passes(module, graph, PIPELINE, context)
+    graph = run_passes(module, graph, passes, context)
     parts = []
     if context.draws:
         _lengths_as_tensors(graph, len(results_of(module.graph)), context)
@@ -110,8 +118,8 @@ def rewrite(module: fx.GraphModule, options: Options, naming: Naming) -> tuple[f
         parts.append(_bind(graph, context, fakes, naming))
     whole = fx.GraphModule(module, graph)
     for node, body in _checkpoints(module, graph):
-        made, inner = rewrite(body, options, naming)
-        if inner:
+        made, inner = rewrite(body, options, naming, passes)
+        if inner or passes is not PIPELINE:
             made.meta.update(body.meta)  # the policy of a selective checkpoint
             setattr(whole, str(cast(fx.Node, node.args[0]).target), made)
             _pass_on(graph, node, inner, naming)
@@ -129,13 +137,6 @@ def _transformed(graph: fx.Graph) -> bool:
 def _tensor_parallel(graph: fx.Graph) -> bool:
     """Whether a value is a DTensor: the ranks of such a model work on one result, and must drop alike."""
     return any(is_distributed(leaf) for n in graph.nodes for leaf in pytree.tree_leaves(n.meta.get("example_value")))
-
-
-def copy_of(graph: fx.Graph) -> fx.Graph:
-    """A copy to edit: in the original Dynamo's own notes on the inputs would be lost."""
-    made = fx.Graph()
-    made.output(made.graph_copy(graph, {}))
-    return made
 
 
 def results_of(graph: fx.Graph) -> Sequence[Any]:
@@ -196,6 +197,8 @@ def _prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, by_step: bool)
         if source in naming.recurrent:
             path, calls = naming.recurrent[source]
             node.meta["recurrent"] = {"path": path, "calls": calls, "live": None}
+        if source in naming.bernoulli:
+            node.meta["bernoulli"] = naming.bernoulli[source]
         if source in naming.sites:
             if isinstance(value, Tensor):
                 int(value.shape[DROPOUT_FUNCTIONS[node.target]])  # its units must not vary: Dynamo guards on them

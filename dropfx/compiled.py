@@ -22,7 +22,7 @@ from dropfx.packed import opened
 from dropfx.pass_infra import Options
 from dropfx.runtime import runtime
 from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
-from dropfx.sites import DROPOUT_MODULES, may_drop
+from dropfx.sites import DROPOUT_MODULES, makes_masks, may_drop
 from dropfx.specialise import Specialisation, key_of
 from dropfx.tracing import TraceRefused
 
@@ -47,6 +47,7 @@ class State:
         self.warned = quiet
         self.cache: OrderedDict[tuple[Any, ...], list[Specialisation]] = OrderedDict()
         self._modules: list[nn.Module] | None = None
+        self._mentions_masks: bool | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return State(self.options, self.prefix, self.own)
@@ -66,8 +67,7 @@ class State:
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if runtime.disabled:
-            with runtime.keeping_all():
-                return _original_forward(module, args, kwargs)
+            return (self._call if self._makes_masks(module) else _original_forward)(module, args, kwargs)
         with runtime.outermost():
             return self._call(module, args, kwargs)
 
@@ -80,6 +80,12 @@ class State:
         if self._modules is None:
             self._modules = list(module.modules())
         return any(m.training for m in self._modules)
+
+    def _makes_masks(self, module: nn.Module) -> bool:
+        """Whether masks may be made by hand in it, which only a trace tells from other random values."""
+        if self._mentions_masks is None:
+            self._mentions_masks = makes_masks(module)
+        return self._mentions_masks
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs and all(type(a) is Tensor for a in args):
@@ -101,7 +107,10 @@ class State:
             except PassError as error:
                 warnings.warn(f"dropfx.compile: {error}; the model runs as written", RuntimeWarning, stacklevel=5)
                 return self._refused(module, args, kwargs, str(error))
-        if not found.sites:
+        if runtime.disabled and found.keep_all is not None:
+            with runtime.keeping_all():
+                return found.keep_all(module, tensors)
+        if runtime.disabled or not found.sites:
             self._warn_if_nothing_drops(found)
             return _original_forward(module, args, kwargs)
         return found(module, tensors)
@@ -125,7 +134,8 @@ class State:
         exact = sum(s.shapes is not None for specs in self.cache.values() for s in specs)
         if exact >= _SHAPES_CAPACITY:
             raise TraceRefused("its forward uses sizes as numbers and they keep changing", "")
-        made = Specialisation(module, self.prefix, self.options, args, kwargs, original_class)
+        with runtime.keeping_none():  # the trace is for later calls too
+            made = Specialisation(module, self.prefix, self.options, args, kwargs, original_class)
         for path, reason in made.leaves.items():
             if reason:
                 self._adopt(module.get_submodule(path), f"{self.prefix}{path}.")
@@ -233,7 +243,12 @@ def _rebuild(cls: Any) -> nn.Module:
 
 
 def _original_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module._dropfx_original.forward(module, *args, **kwargs)  # type: ignore[union-attr]
+    original: Any = module._dropfx_original
+    forward = original.forward
+    if not runtime.disabled:
+        return forward(module, *args, **kwargs)
+    with runtime.keeping_all():
+        return forward(module, *args, **kwargs)
 
 
 def swap(module: nn.Module, state: State) -> None:

@@ -95,6 +95,13 @@ def clean_up(graph: fx.Graph) -> None:
     graph.lint()
 
 
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy to edit."""
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
 def insert(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A call_function node at the insertion point, with the meta of the node that it stands for."""
     node = graph.call_function(target, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,15 @@ class _Runtime:
             self.keeping -= 1
 
     @contextmanager
+    def keeping_none(self) -> Iterator[None]:
+        """While a forward is traced."""
+        before, self.keeping = self.keeping, 0
+        try:
+            yield
+        finally:
+            self.keeping = before
+
+    @contextmanager
     def outermost(self) -> Iterator[None]:
         """One dict a compiled forward: compiled modules inside a compiled module write into its dict."""
         if not self.records or self.frame is not None:
@@ -56,11 +66,11 @@ class _Runtime:
         The suffix tells the multipliers of one call apart.
         """
         assert self.frame is not None
-        path, functional, _ = name.partition(":dropout_")
+        functional = re.fullmatch(r"(.*:(?:dropout|bernoulli)_)\d+", name)
         plain, count = name, 1
         while name + suffix in self.frame:
             count += 1
-            name = f"{path}:dropout_{count}" if functional else f"{plain}#{count}"
+            name = f"{functional[1]}{count}" if functional else f"{plain}#{count}"
         self.frame[name + suffix] = mask
 
 

@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dropfx.shared_dropout import shared_dropout
+
 DROPOUT_FUNCTIONS: dict[Any, int] = {
     F.dropout: -1,
     F.dropout1d: -2,
     F.dropout2d: -3,
     F.dropout3d: -4,
     torch.dropout: -1,
+    shared_dropout: -1,
 }
 """Dropouts that can be sites -> their unit axis, counted from the end."""
 
@@ -25,6 +28,9 @@ OTHER_DROPOUTS: dict[Any, str] = {
     F.scaled_dot_product_attention: "dropout on attention probabilities inside scaled_dot_product_attention",
 }
 """Functions that drop and run as written -> the reason."""
+
+BERNOULLI = ("bernoulli", "bernoulli_")
+"""Operations that a mask may be drawn with; the sites that are made of them are named by their calls."""
 
 RECURRENT_FUNCTIONS: dict[Any, str] = {
     torch.lstm: "lstm",
@@ -43,6 +49,7 @@ INLINED_MODULES: tuple[type[nn.Module], ...] = (
     *DROPOUT_MODULES,
     nn.Linear,
     nn.Embedding,
+    *(nn.LSTMCell, nn.GRUCell, nn.RNNCell),
     nn.Flatten,
     nn.Unflatten,
     nn.Identity,
@@ -61,15 +68,25 @@ def may_drop(root: nn.Module) -> bool:
     return any(_drops(module) for module in root.modules())
 
 
+def makes_masks(root: nn.Module) -> bool:
+    """Whether the code of any module below draws as masks made by hand are drawn."""
+    classes = {module.__dict__.get("_dropfx_class", type(module)) for module in root.modules()}
+    return any(name in BERNOULLI for cls in classes if _is_users(cls) for name in _names_in(cls))
+
+
+def _is_users(cls: type) -> bool:
+    return not cls.__module__.startswith("torch.nn.")
+
+
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)):
         return True
     if isinstance(module, nn.RNNBase):
         return module.dropout > 0
     cls = module.__dict__.get("_dropfx_class", type(module))
-    if isinstance(module, torch.jit.ScriptModule) or cls.__module__.startswith("torch.nn."):
+    if isinstance(module, torch.jit.ScriptModule) or not _is_users(cls):
         return False
-    return any("dropout" in name.lower() for name in _names_in(cls))
+    return any("dropout" in name.lower() or name in BERNOULLI for name in _names_in(cls))
 
 
 def _names_in(cls: type) -> Iterator[str]:

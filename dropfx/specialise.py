@@ -17,12 +17,15 @@ from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
 from dropfx.draws import Draw, TileDraw
+from dropfx.graphs import copy_of, op_name
 from dropfx.packed import opened
 from dropfx.pass_infra import Context, Options, Site, run_passes
-from dropfx.passes import PIPELINE
+from dropfx.passes import AS_WRITTEN, PIPELINE
 from dropfx.patterns import PatternRefused, Realisation
 from dropfx.runtime import runtime
+from dropfx.shared_dropout import shared_dropout
 from dropfx.site_draws import SiteDraws
+from dropfx.sites import BERNOULLI
 from dropfx.tracing import Trace, hooked, trace
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -51,6 +54,9 @@ def key_of(leaves: list[Any]) -> tuple[Any, ...] | None:
 class Specialisation:
     """A traced and rewritten forward.
 
+    Attributes:
+        keep_all: run it with all units kept, where the original forward would go on dropping by masks made by hand.
+
     Args:
         root: the module; not kept, but its submodules are, for the checks.
         prefix: path of root in the compiled model, "" or ending in a dot.
@@ -68,6 +74,7 @@ class Specialisation:
         runtime.traces += 1
         traced = trace(root, args, kwargs, original_class)
         self.leaves = traced.leaves
+        kept = _with_masks_recognised(root, traced.graph, options)
         self.context = _transform(root, traced, prefix, options)
         # a leading axis of 1 may be a size or a broadcast, which only its value tells
         lone = options.grouped and any(site.rewritten and site.leading == 1 for site in self.context.sites)
@@ -85,6 +92,7 @@ class Specialisation:
         self._rates: tuple[float, ...] = ()
         self._options = options
         self._run = _generate(traced.graph)
+        self.keep_all = None if kept is None else self._as_written(kept)
         self._read_rates()
 
     def note_classes(self, root: nn.Module) -> None:
@@ -129,6 +137,13 @@ class Specialisation:
         outputs, rows = outputs[: self._results], outputs[self._results :]
         if runtime.frame is not None:
             self.draws.record(draws, rows)
+        return self._packed(outputs)
+
+    def _as_written(self, graph: fx.Graph) -> Callable[[nn.Module, list[Tensor]], Any]:
+        run = _generate(graph)
+        return lambda root, tensors: self._packed(run(root, *tensors))
+
+    def _packed(self, outputs: Any) -> Any:
         return outputs[0] if self._out_spec is None else pytree.tree_unflatten(outputs, self._out_spec)
 
     def _inputs(self, draws: dict[int, Draw | TileDraw]) -> list[Any]:
@@ -143,6 +158,14 @@ class Specialisation:
 
 
 _MISSING = object()
+
+
+def _with_masks_recognised(root: nn.Module, graph: fx.Graph, options: Options) -> fx.Graph | None:
+    """A copy in which masks made by hand are dropouts; None where there are none."""
+    if not any(op_name(node) in BERNOULLI for node in graph.nodes):
+        return None
+    made = run_passes(root, copy_of(graph), AS_WRITTEN, Context(options, costs_of(torch.device("cpu"))))
+    return made if any(node.target is shared_dropout for node in made.nodes) else None
 
 
 def _transform(root: nn.Module, traced: Trace, prefix: str, options: Options) -> Context:

@@ -156,6 +156,7 @@ class _Substitute(TorchFunctionMode):
         self._masks, self._stack, self._names = masks, stack, names
         self.calls: Counter[str] = Counter()
         self._functional: Counter[str] = Counter()
+        self._draws: Counter[str] = Counter()
         self._tiles = tiles
         self._tiled: list[tuple[Tensor, Iterator[Tensor]]] = []
 
@@ -167,6 +168,8 @@ class _Substitute(TorchFunctionMode):
             return self._tiled_linear(*args, **kwargs)
         if func in RECURRENT_FUNCTIONS and (gaps := self._gaps()):
             return layered(func, args, lambda x, gap: x * gaps[gap].to(x.dtype) if gap in gaps else x)
+        if func in _BERNOULLI:
+            return self._drawn(func, *args, **kwargs)
         if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
             return func(*args, **kwargs)
         name = self._name()
@@ -181,6 +184,17 @@ class _Substitute(TorchFunctionMode):
             return func(*args, **kwargs)
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
         return x.mul_(mask.to(x.dtype)) if inplace else x * mask.to(x.dtype)
+
+    def _drawn(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A draw of a mask that the model makes by hand: where one was recorded, times the p by which it divides it."""
+        path = self._names[self._stack[-1]]
+        self._draws[path] += 1
+        mask = self._masks.get(f"{path}:bernoulli_{self._draws[path]}")
+        if mask is None:
+            found: Tensor = func(input, *args, **kwargs)
+            return found
+        keep = kwargs.get("p", args[0] if args else 0.5)
+        return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(mask * keep)
 
     def _gaps(self) -> dict[int, Tensor]:
         """Masks recorded between the layers of the module that is running, by gap."""
@@ -202,6 +216,7 @@ class _Substitute(TorchFunctionMode):
         """Count calls anew: activation checkpointing repeats a forward in backward."""
         self.calls.clear()
         self._functional.clear()
+        self._draws.clear()
         self._tiled.clear()
 
     def _name(self) -> str:
@@ -212,6 +227,9 @@ class _Substitute(TorchFunctionMode):
             return path if calls == 1 else f"{path}#{calls}"
         self._functional[path] += 1
         return f"{path}:dropout_{self._functional[path]}"
+
+
+_BERNOULLI = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
 
 
 def _of_weights(masks: Masks, name: str) -> list[Tensor]:

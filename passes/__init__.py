@@ -5,18 +5,21 @@ if __name__ == "passes":
 
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.drop_packed import drop_packed
+from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
+from dropfx.passes.recognise_masks import recognise_masks
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_residual import rewrite_residual
@@ -24,10 +27,15 @@ from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
 
+AS_WRITTEN = (functionalize, recognise_masks)
+"""Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
+
 PIPELINE = (
     functionalize,
+    recognise_masks,
     drop_packed,
     expand_recurrent,
+    expand_cells,
     lead_with_time,
     canonicalize,
     find_sites,
@@ -41,6 +49,7 @@ PIPELINE = (
     rewrite_embedding,
     rewrite_residual,
     join_recurrent,
+    join_cells,
     fold_scale,
     lower,
     keep_weights,

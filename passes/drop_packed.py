@@ -13,6 +13,7 @@ from torch import fx
 
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
+from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS
 
 
@@ -35,7 +36,8 @@ def _site_before(packing: fx.Node) -> fx.Node | None:
     while isinstance(source, fx.Node) and len(source.users) == 1 and "pinned" not in source.meta:
         value = value_of(source)
         if source.op == "call_function" and DROPOUT_FUNCTIONS.get(source.target) == -1:
-            return source if value is not None and value.dim() > 2 else None
+            by_hand = source.target is shared_dropout  # which names the axes along which its mask is one
+            return source if value is not None and value.dim() > 2 and not by_hand else None
         if op_name(source) != "index_select" or value is None or argument(source, 1, "dim") in (-1, value.dim() - 1):
             return None
         source = source.args[0]

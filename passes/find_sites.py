@@ -9,6 +9,7 @@ from torch import fx, nn
 from dropfx.graphs import argument, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
+from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
@@ -63,6 +64,8 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return "it writes into memory that is read elsewhere"
     if value is None or value_of(source) is None:
         return "its input's shape is known only when it runs"
+    if node.target is shared_dropout and (reason := _one_mask(node, context)):
+        return reason
     if isinstance(context.options.pattern, Tile):
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
     if isinstance(source, fx.Node) and source.op == "get_attr":
@@ -78,7 +81,24 @@ def _groups(site: Site, context: Context) -> int:
     """Draws a call: one a step where there are steps, [T, B, units]; in a loop over steps each call draws anyway."""
     if context.options.groups != "time":
         return context.options.groups
-    return site.leading if context.time_axis is not None and site.rank == 3 and site.axis == -1 else 1
+    by_step = context.time_axis is not None and site.rank == 3 and site.axis == -1
+    return site.leading if by_step and not _lasts(site, context) else 1
+
+
+def _lasts(site: Site, context: Context) -> bool:
+    """Whether its mask is made by hand for all steps; where the batch is first such sites are not turned."""
+    by_hand = site.node is not None and site.node.target is shared_dropout
+    return by_hand and (context.time_axis == 1 or bool(argument(site.node, 2, "shared")[0]))  # type: ignore[arg-type]
+
+
+def _one_mask(node: fx.Node, context: Context) -> str:
+    """Why a mask that positions share cannot be drawn otherwise."""
+    if isinstance(context.options.pattern, Tile):
+        return "its mask is made by hand, of units: pattern='tile' serves calls of dropout"
+    shared = argument(node, 2, "shared")
+    if context.options.along_rows and shared[0]:
+        return "it has one mask for its whole leading axis, along which groups would have draws of their own"
+    return ""
 
 
 def _prefixed(prefix: str, name: str) -> str:

@@ -21,7 +21,7 @@ from dropfx.sites import DROPOUT_FUNCTIONS
 _NO_FUNCTIONAL_FORM = frozenset(
     {"copy_", "fill_", "zero_", "set_", "resize_", "as_strided_", "detach_", "requires_grad_", "setitem"}
     | {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
-    | {"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+    | {"normal_", "uniform_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
 )
 _REPLAYABLE = (
     "view",
@@ -158,6 +158,11 @@ def _functional(node: fx.Node) -> tuple[Any, Any, Any] | None:
     name = op_name(node)
     if name in _NO_FUNCTIONAL_FORM or node.kwargs.get("out") is not None:
         return None
+    if name == "bernoulli_":
+        p = argument(node, 1, "p", 0.5)
+        plain_p = isinstance(p, (int, float)) and _keeps_type(node)  # `bernoulli` takes no tensor of probabilities
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "p"}
+        return ("bernoulli", (node.args[0], p), kwargs) if plain_p and node.op == "call_method" else None
     if name.endswith("_"):
         plain = name[:-1]
         owner = Tensor if node.op == "call_method" else torch

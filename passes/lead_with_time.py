@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dropfx.emit import Emitter, fake_value
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
+from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS
 
 
@@ -24,8 +25,14 @@ def lead_with_time(module: fx.GraphModule, context: Context) -> PassResult:
         return PassResult(module, modified)
     for node in list(module.graph.nodes):
         value = value_of(node)
-        site = node.op == "call_function" and DROPOUT_FUNCTIONS.get(node.target) == -1
-        if site and "pinned" not in node.meta and value is not None and value.dim() == 3:
+        last = node.op == "call_function" and DROPOUT_FUNCTIONS.get(node.target) == -1
+        if (
+            last
+            and node.target is not shared_dropout
+            and "pinned" not in node.meta
+            and value is not None
+            and value.dim() == 3
+        ):
             _turn(node)
             modified = True
     return PassResult(module, modified)

@@ -6,8 +6,10 @@ from tests import (
     models_arguments,
     models_attention,
     models_axes,
+    models_cells,
     models_hooks,
     models_inplace,
+    models_masks,
     models_modules,
     models_products,
     models_python,
@@ -28,7 +30,9 @@ FILES = (
     models_attention,
     models_python,
     models_arguments,
+    models_cells,
     models_hooks,
+    models_masks,
 )
 
 __all__ = ["CASES", "Case"]

@@ -44,6 +44,10 @@ DROPOUT_FUNCTIONS: dict[Callable[..., Any], Callable[..., Arguments]] = {
 }
 
 
+BERNOULLI = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
+"""Draws of masks that models make by hand, and divide by the probability."""
+
+
 class UnrecordedSite(AssertionError):
     """A live dropout for which no mask was recorded."""
 
@@ -57,6 +61,7 @@ class SitePaths:
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls: Counter[str] = Counter()
         self.functional: Counter[str] = Counter()
+        self.draws: Counter[str] = Counter()
 
     def enter(self, module: nn.Module, _args: Any) -> None:
         path = self.paths.get(module, "?")
@@ -76,6 +81,11 @@ class SitePaths:
         self.functional[path] += 1
         return f"{path}:dropout_{self.functional[path]}"
 
+    def draw_name(self) -> str:
+        path, _ = self.stack[-1]
+        self.draws[path] += 1
+        return f"{path}:bernoulli_{self.draws[path]}"
+
 
 class ReplaceDropout(TorchFunctionMode):
     """`dropout(x) := x * masks[site]` for every live dropout; `left_alone` sites keep PyTorch's own."""
@@ -87,6 +97,9 @@ class ReplaceDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in BERNOULLI and (name := self.paths.draw_name()) in self.masks:
+            self.used.add(name)
+            return bernoulli(func, self.masks[name], *args, **kwargs)
         if func not in DROPOUT_FUNCTIONS:
             return func(*args, **kwargs)
         name = self.paths.site_name()
@@ -97,6 +110,12 @@ class ReplaceDropout(TorchFunctionMode):
         if not training or p in (0, 1) or self.left_alone(name):
             return func(*args, **kwargs)
         raise UnrecordedSite(f"site {name!r} (p={p}) is live and has no mask; recorded: {sorted(self.masks)}")
+
+
+def bernoulli(func: Callable[..., Any], mask: Tensor, like: Tensor, p: float) -> Tensor:
+    """What a recorded mask was before its division by p: ones and zeros, but for the drawn rate."""
+    drawn = (mask * p).to(like.dtype).expand(like.shape)
+    return like.copy_(drawn) if func is Tensor.bernoulli_ else drawn
 
 
 def multiply(x: Tensor, mask: Tensor, inplace: bool, name: str) -> Tensor:

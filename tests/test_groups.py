@@ -14,7 +14,8 @@ from tests.models import CASES
 from tests.test_equivalence import FAMILIES, SAMPLE, SMOOTH
 
 NO_LEADING_AXIS = "mlp_one_dim"
-GROUPED = [name for name in CASES if name != NO_LEADING_AXIS]
+ONE_MASK = ("locked_dropout", "locked_dropout_torchnlp", "mask_statements")  # for the whole leading axis
+GROUPED = [name for name in CASES if name not in (NO_LEADING_AXIS, "cell_without_batch", *ONE_MASK)]
 ONE_OF_EACH = [name for name in GROUPED if not name.startswith(FAMILIES)]
 
 
@@ -29,6 +30,14 @@ def test_catalogue(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_other_patterns(name: str, pattern: str | dropfx.patterns.Pattern) -> None:
     check_case(CASES[name], torch.float64, groups=2, pattern=pattern)
+
+
+@pytest.mark.parametrize("name", ONE_MASK)
+def test_one_mask_for_the_leading_axis_runs_as_written(name: str) -> None:
+    args, _ = CASES[name].call(4)
+    (site,) = dropfx.explain(CASES[name].make(), *args, options={"groups": 2, "min_speedup": 0}).sites
+    assert "one mask for its whole leading axis" in site.reason
+    dropfx.testing.assert_equivalent(CASES[name].make(), *args, options={"groups": 2, "min_speedup": 0})
 
 
 @pytest.mark.parametrize("groups", [2, 4, 5])

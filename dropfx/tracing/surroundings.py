@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def surroundings(tracer: Tracer) -> Iterator[None]:
     """All of the below, in force."""
     with ExitStack() as stack:
-        for context in (_outside_of_checkpoints(), _Functions(tracer), _no_custom_functions(), _factories(tracer)):
+        for context in (_outside_of_checkpoints(), _Functions(tracer), _no_custom_functions(), _variables()):
             stack.enter_context(context)
+        stack.enter_context(_factories(tracer))
         stack.enter_context(_quiet())
         yield
 
@@ -93,6 +94,27 @@ def _no_custom_functions() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _variables() -> Iterator[None]:
+    """Let torch.autograd.Variable(x), of old code, record that it shares x's memory and not its history."""
+    meta: Any = type(torch.autograd.Variable)
+    original = meta.__call__
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        data = args[0] if args else kwargs.get("data")
+        if cls is not torch.autograd.Variable or not isinstance(data, Proxy):
+            return original(cls, *args, **kwargs)
+        if any(args[1:]) or any(v for name, v in kwargs.items() if name != "data"):
+            raise TraceRefused("its forward makes a Variable that asks for gradients")
+        return data.detach()
+
+    meta.__call__ = call
+    try:
+        yield
+    finally:
+        del meta.__call__  # it was inherited from type
 
 
 @contextmanager

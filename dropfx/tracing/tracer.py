@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from dropfx.graphs import argument, op_name
 from dropfx.packed import FAKES, opened
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
+from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
 from dropfx.sizes import is_fixed
 from dropfx.tracing import recurrent
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
@@ -128,6 +128,7 @@ class Tracer(fx.Tracer):
         self._stack: list[tuple[str, type]] = []
         self._calls: Counter[str] = Counter()
         self._functional: Counter[str] = Counter()
+        self._draws: Counter[str] = Counter()
         self._guards: dict[tuple[Any, ...], Guard] = {}
         self._visited: dict[str, tuple[type, bool]] = {}
         self._leaves: dict[str, str] = {}
@@ -302,6 +303,10 @@ class Tracer(fx.Tracer):
         node = self._node(kind, target, fx_args, fx_kwargs, value)
         if site is not None:
             node.meta["site"] = site
+        if op_name(node) in BERNOULLI:
+            path = node.meta["path"]
+            self._draws[path] += 1
+            node.meta["bernoulli"] = f"{path}:bernoulli_{self._draws[path]}"
         return self._wrap(node, value)
 
     def record_recurrent(self, function: Any, args: Any, values: tuple[Tensor, ...], live: Any) -> Any:

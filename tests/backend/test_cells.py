@@ -1,0 +1,36 @@
+"""Loops over nn.LSTMCell and its kin under both front ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dropfx
+from tests.backend.steps import Call, captured, check, eager
+from tests.models import CASES
+
+BOTH = {"compile": eager, "backend": captured}
+
+
+def step(call: Call, model: nn.Module, x: Tensor) -> Tensor:
+    y, *_ = call(x)
+    y.square().sum().backward()
+    return y
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("front_end", BOTH)
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell", "rnn_cell_relu"])
+def test_exact_given_the_draw(name: str, front_end: str, groups: int) -> None:
+    original = CASES[name].make(torch.float64)
+    x = torch.randn(6, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    compiled = BOTH[front_end](original, groups=groups)
+    check(original, compiled, step, x, sites=set(CASES[name].rewritten))
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell"])
+def test_autocast(name: str) -> None:
+    original = CASES[name].make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dropfx.testing.assert_equivalent(original, torch.randn(6, 3, 64), options={"min_speedup": 0})

@@ -1,0 +1,88 @@
+"""recognise_masks on recorded graphs: fires, its arguments, each refusal, twice is once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from dropfx.devices import DEVICES
+from dropfx.options import make_options
+from dropfx.pass_infra import Context, run_passes
+from dropfx.passes import PIPELINE
+from dropfx.passes.find_sites import find_sites
+from dropfx.passes.functionalize import functionalize
+from dropfx.passes.recognise_masks import recognise_masks
+from dropfx.shared_dropout import shared_dropout
+from dropfx.tracing import trace
+from tests.models import CASES
+from tests.models_masks import OTHERS
+
+PASSES = (functionalize, recognise_masks)
+
+
+def run(name: str, *passes: Any, **options: Any) -> tuple[fx.Graph, Context]:
+    model, (args, kwargs) = CASES[name].make(), CASES[name].call(4)
+    context = Context(make_options(**{"min_speedup": 0, **options}), DEVICES["cpu"])
+    return run_passes(model, trace(model, args, kwargs, type).graph, passes, context), context
+
+
+def sites(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.target is shared_dropout]
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "shared"),
+    [
+        ("rnn_dropout", 0.5, (False, True, False)),
+        ("rnn_dropout_newer", 0.5, (False, True, False)),
+        ("locked_dropout", 0.5, (True, False, False)),
+        ("locked_dropout_torchnlp", 0.25, (True, False, False)),
+        ("mask_statements", 0.25, (True, True, False)),
+        ("mask_functions", 0.25, (False, True, False)),
+        ("mask_in_place", 0.25, (False, False, False)),
+    ],
+)
+def test_fires(name: str, rate: float, shared: tuple[bool, ...]) -> None:
+    graph, _ = run(name, *PASSES)
+    (site,) = sites(graph)
+    assert site.args[1:] == (rate, shared)
+    assert site.meta["site"] == {"name": "drop:bernoulli_1", "rate": rate, "live": None}
+    assert not any("bernoulli" in str(node.target) for node in graph.nodes)
+    assert "size" not in [user.target for user in site.args[0].users]  # nothing of the mask is left
+    assert len(sites(run(name, *PASSES, recognise_masks)[0])) == 1
+
+
+@pytest.mark.parametrize("name", [f"no_mask_{body.__name__}" for body in OTHERS])
+def test_other_draws_stay(name: str) -> None:
+    graph, context = run(name, *PIPELINE)
+    assert not sites(graph)
+    assert not context.sites
+    assert any("bernoulli" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("rnn_dropout", {"groups": 2}, ""),
+        ("locked_dropout", {"groups": 2}, "one mask for its whole leading axis"),
+        ("mask_statements", {"groups": 2}, "one mask for its whole leading axis"),
+        ("rnn_dropout", {"pattern": "tile"}, "serves calls of dropout"),
+        ("locked_dropout", {"pattern": "row"}, ""),
+    ],
+)
+def test_reasons(name: str, options: dict[str, Any], reason: str) -> None:
+    _, context = run(name, *PASSES, find_sites, **options)
+    (site,) = context.sites
+    assert reason in site.reason
+    assert bool(reason) == bool(site.reason)
+
+
+def test_as_written_it_is_the_product_with_the_same_random_mask() -> None:
+    x = torch.randn(4, 3, 8)
+    torch.manual_seed(0)
+    expected = x * x.new_empty(4, 1, 8).bernoulli_(0.75).div_(0.75)
+    torch.manual_seed(0)
+    assert torch.equal(shared_dropout(x, 0.25, (False, True, False)), expected)
