@@ -12,10 +12,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx.axis_rules import rule_of
+from dropfx.emit import Emitter
 from dropfx.graphs import argument, value_of
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
 from dropfx.pass_infra import Context, PassResult
-from dropfx.passes.expand_recurrent import Emitter
 from dropfx.patterns import Tile
 from dropfx.sites import DROPOUT_FUNCTIONS
 

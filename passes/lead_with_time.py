@@ -25,14 +25,9 @@ def lead_with_time(module: fx.GraphModule, context: Context) -> PassResult:
         return PassResult(module, modified)
     for node in list(module.graph.nodes):
         value = value_of(node)
-        last = node.op == "call_function" and DROPOUT_FUNCTIONS.get(node.target) == -1
-        if (
-            last
-            and node.target is not shared_dropout
-            and "pinned" not in node.meta
-            and value is not None
-            and value.dim() == 3
-        ):
+        # a mask made by hand names the axes along which it is one
+        last = DROPOUT_FUNCTIONS.get(node.target) == -1 and node.target is not shared_dropout
+        if last and "pinned" not in node.meta and value is not None and value.dim() == 3:
             _turn(node)
             modified = True
     return PassResult(module, modified)

@@ -30,7 +30,9 @@ def graph_of(**meta: Any) -> tuple[fx.GraphModule, fx.Node]:
 
 def context(eager: bool = False, device: str = "cpu", **options: Any) -> Context:
     made = make_options(min_speedup=0, **options)
-    site = Site("drop", 0.5, realisation=made.realise(16, 0.5), device=torch.device(device))
+    groups = made.groups if isinstance(made.groups, int) else 1
+    fit = made.pattern.realise(16, 0.5, groups)
+    site = Site("drop", 0.5, groups=groups, realisation=fit, device=torch.device(device))
     return Context(made, DEVICES["cpu"], eager=eager, sites=[site])
 
 
