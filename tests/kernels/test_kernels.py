@@ -68,8 +68,8 @@ def make_axis(units: int, run: int, count: int, groups: int = 0) -> Axis:
 def kept(axis: Axis, group: int) -> Tensor:
     if axis.starts is None:
         return torch.arange(axis.units, device=DEVICE)
-    positions = axis.positions()
-    return (positions[group] if positions.dim() == 2 else positions) % axis.units
+    starts = axis.starts[group] if axis.starts.dim() == 2 else axis.starts
+    return (starts[:, None] + torch.arange(axis.run, device=DEVICE)).flatten() % axis.units
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
