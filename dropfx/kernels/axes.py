@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
 _VECTOR = 16
 """Items that Triton knows sizes and strides to be multiples of: no vector that a thread loads is longer."""
 

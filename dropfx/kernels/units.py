@@ -24,7 +24,7 @@ _OUTER, _PLACES = (4, 16) if INTERPRETED else (8, 256)
 
 @triton.jit
 def _place(places, BLOCK_O: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """(o, q) of a program, int32 [BLOCK_O] and int64 [BLOCK_Q]; one number of programs, which has no limit to speak of."""
+    """(o, q) of a program, int32 [BLOCK_O] and int64 [BLOCK_Q]; grids of more axes end at 65,535 programs on these."""
     across = tl.cdiv(places, BLOCK_Q)
     program = tl.program_id(0)
     o = program // across * BLOCK_O + tl.arange(0, BLOCK_O)
