@@ -144,6 +144,9 @@ SMALL, LARGE = Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)
 
 def test_candidates_are_pruned_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "_capability", lambda: 8)
+    assert len(configs.candidates(8192, 8192, torch.bfloat16)) == 5
+    monkeypatch.setattr(configs, "_capability", lambda: 9)
     large = configs.candidates(8192, 8192, torch.bfloat16)
     assert large[0] == LARGE
     assert SMALL in large
@@ -158,6 +161,7 @@ def test_candidates_are_pruned_by_shape(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_fastest_tile_of_each_product_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two products, whose times depend on their tiles."""
     monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "_capability", lambda: 9)
     seen: dict[int, Config] = {}
 
     def run() -> None:
