@@ -127,7 +127,7 @@ def gathered_matmul(
     # a pointer for each item of the weight fills the registers, where windows and single units leave no vectors
     single = min(outs.chunk, sums.chunk) * a.dtype.itemsize < 4
     product = "matmul by items" if single else "matmul"
-    config = config_for(product, rows, outs.width, sums.width, a.dtype, small=single)
+    config = config_for(product, rows, outs.width, sums.width, a.dtype, small="only" if single else None)
     tiles = triton.cdiv(largest_group(rows, leading, groups), config.m)
     (out_starts, out_group), (sum_starts, sum_group) = outs.arguments(a), sums.arguments(a)
     _matmul[(groups * tiles * triton.cdiv(outs.width, config.n),)](

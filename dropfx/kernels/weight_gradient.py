@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dropfx.kernels.addressing import aligned, group_rows, looked_up, swizzled
 from dropfx.kernels.axes import Axis, alignment
-from dropfx.kernels.configs import config_for
+from dropfx.kernels.configs import Small, config_for
 from dropfx.kernels.launch import on_its_device
 from dropfx.kernels.tables import inverse, order
 
@@ -191,7 +191,9 @@ def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float 
     if not dw.numel():
         return dw
     groups = max(rows.groups, cols.groups)
-    config = config_for("weight gradient", rows.units, cols.units, len(dy), dy.dtype, small=groups > 1)
+    product = "weight gradient" if groups == 1 else "weight gradient of groups"
+    small: Small = None if groups == 1 else "first"
+    config = config_for(product, rows.units, cols.units, len(dy), dy.dtype, small)
     grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
     compiled = {"N_CHUNK": rows.chunk, "K_CHUNK": cols.chunk, **config.options(dy.dtype, "NKM")}
     if groups == 1:
@@ -258,7 +260,7 @@ def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
     assert not rows.ragged
     db = dy.new_empty(rows.units)
     if rows.units:
-        config = config_for("bias gradient", rows.units, 1, len(dy), dy.dtype, small=True)
+        config = config_for("bias gradient", rows.units, 1, len(dy), dy.dtype, small="only")
         _bias[(triton.cdiv(rows.units, config.n),)](
             *(dy, db, db if rows.starts is None else inverse(rows), len(dy), rows.units, leading, rows.groups),
             *(rows.units if rows.groups > 1 else 0, *dy.stride()),

@@ -137,7 +137,7 @@ def tile_of_all(tile: Config | None) -> Iterator[None]:
     """Products get this tile, where they are not of those that get the small one only."""
     by_table = configs._by_table
     if tile is not None:
-        configs._by_table = lambda m, n, dtype, small: by_table(m, n, dtype, small) if small else tile
+        configs._by_table = lambda m, n, dtype, small: by_table(m, n, dtype, small) if small == "only" else tile
     try:
         yield
     finally:
