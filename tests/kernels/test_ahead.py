@@ -47,11 +47,12 @@ def check(dtype: str, arch: int, instruction: str | None) -> None:
         assert [kernel for kernel in products if instruction not in kernel["matrix"]] == []
     for kernel in products:
         assert kernel["copies"] > 0, f"nothing is copied ahead: {kernel}"
-    # a window begins anywhere, so that its units can't be moved in vectors
-    assert [kernel["kernel"] for kernel in found if kernel["single"]] == (WITH_SINGLE_ITEMS if dtype != "fp32" else [])
+    singles = [kernel["kernel"].partition(" ")[0] for kernel in found if kernel["single"]]
+    assert singles == (WITH_SINGLE_ITEMS if dtype != "fp32" else [])
 
 
-WITH_SINGLE_ITEMS = ["matmul._matmul 6", "weight_gradient._bias 13"]
+WITH_SINGLE_ITEMS = ["matmul._matmul", "weight_gradient._bias"]
+"""The one launch whose window begins anywhere, and the bias' few sums. Of half precision: other items are wider."""
 
 
 @pytest.mark.parametrize("arch", INSTRUCTION)
