@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
-@functools.cache
 def why_no_kernels(device: torch.device) -> str:
     """Why what may choose does not take Triton's kernels on `device`; "" where they run.
 
@@ -19,11 +18,23 @@ def why_no_kernels(device: torch.device) -> str:
         return "Triton's kernels need a GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device not in _found:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured"  # where no kernel can be loaded: not the answer of later calls
+        _found[device] = _why_none_launches(device)
+    return _found[device]
+
+
+_found: dict[torch.device, str] = {}
+
+
+def _why_none_launches(device: torch.device) -> str:
     try:
         from dropfx.kernels import Axis, take_units
 
-        starts = torch.zeros(1, dtype=torch.int64, device=device)
-        take_units(torch.zeros(1, 2, device=device), -1, Axis(starts, 1, 2))
+        with unset_fake_temporarily():  # a compiler may be asking
+            starts = torch.zeros(1, dtype=torch.int64, device=device)
+            take_units(torch.zeros(1, 2, device=device), -1, Axis(starts, 1, 2))
     except Exception as error:  # whatever a compiler, a driver or a launcher raises
         return f"Triton fails here: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return ""

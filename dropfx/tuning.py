@@ -13,6 +13,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,11 @@ def timer_for(device: torch.device) -> Timer:
     """Median seconds of a step after some untimed ones, which compile kernels."""
 
     def timed(step: Step) -> float:
-        for _ in range(_WARM_UP):
-            step()
-        return statistics.median(timing.seconds(step, 1, device.type) for _ in range(_REPEATS))
+        # events are of the current device's stream
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for _ in range(_WARM_UP):
+                step()
+            return statistics.median(timing.seconds(step, 1, device.type) for _ in range(_REPEATS))
 
     return timed
 

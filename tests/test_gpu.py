@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,66 @@ def test_repeated_runs_agree(options: dict[str, Any]) -> None:
         runs.append(copy.deepcopy(model.state_dict()))
     for name, value in runs[0].items():
         assert torch.equal(value, runs[1][name]), name
+
+
+# -- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """Dropout before each recurrent layer and the decoder."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.embed, self.drop = nn.Embedding(60, 128), nn.Dropout(0.5)
+        self.first, self.second = (kind(128, 128, **options) for _ in range(2))
+        self.decode = nn.Linear(128, 60)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.drop(self.embed(tokens))
+        x = self.drop(self.first(x)[0])
+        out: torch.Tensor = self.decode(self.drop(self.second(x)[0]))
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=str)
+def test_recurrent_layers_are_exact_given_the_draw(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, tokens = LanguageModel(kind, **options).cuda(), torch.randint(60, (12, 8), device="cuda")
+    dropfx.testing.assert_equivalent(model, tokens, options={"min_speedup": 0})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=str)
+def test_weights_of_recurrent_layers_lie_as_cudnn_wants_them(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """PyTorch warns of "RNN module weights" that it has to copy at every call; once a process, unless told."""
+    torch.manual_seed(0)
+    model = dropfx.compile(LanguageModel(kind, **options).cuda(), min_speedup=0)
+    tokens = torch.randint(60, (12, 8), device="cuda")
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(tokens).sum().backward()
+    finally:
+        torch.set_warn_always(False)
+
+
+def test_a_recurrent_layer_with_a_projection_is_exact_given_the_draw() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Dropout(0.5)).cuda()
+    layer = nn.LSTM(128, 128, proj_size=32).cuda()
+
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer = model, layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(self.before(x))[0]
+            return out
+
+    with warnings.catch_warnings():
+        # where cuDNN keeps the projection is its own affair: PyTorch may have to copy the weights
+        warnings.filterwarnings("ignore", message="RNN module weights")
+        dropfx.testing.assert_equivalent(Projected(), torch.randn(12, 8, 64, device="cuda"), options={"min_speedup": 0})

@@ -144,11 +144,17 @@ SMALL, LARGE = Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)
 
 def test_candidates_are_pruned_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "_capability", lambda: 8)
+    assert len(configs.candidates(8192, 8192, torch.bfloat16)) == 4
+    monkeypatch.setattr(configs, "_capability", lambda: 9)
     large = configs.candidates(8192, 8192, torch.bfloat16)
     assert large[0] == LARGE
     assert SMALL in large
     assert len(large) == len(set(large)) == 6
-    assert configs.candidates(8192, 8192, torch.bfloat16, small=True) == (SMALL,)
+    assert configs.candidates(8192, 8192, torch.bfloat16, small="only") == (SMALL,)
+    first, *others = configs.candidates(8192, 8192, torch.bfloat16, small="first")
+    assert first == SMALL
+    assert {first, *others} == set(large)
     assert all(tile.m <= 64 for tile in configs.candidates(33, 8192, torch.bfloat16))
     assert all(
         configs.known(tile) for size in (torch.float32, torch.float16) for tile in configs.candidates(99, 99, size)
@@ -158,6 +164,7 @@ def test_candidates_are_pruned_by_shape(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_fastest_tile_of_each_product_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two products, whose times depend on their tiles."""
     monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(configs, "_capability", lambda: 9)
     seen: dict[int, Config] = {}
 
     def run() -> None:

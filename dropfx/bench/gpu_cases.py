@@ -87,12 +87,13 @@ def products(bench: Bench, size: int, rate: float) -> Iterator[Result]:
     """Forward, both gradients, and both sides compact, of one Linear with M = N = K = size."""
     block, count = _blocks(size, rate)
     starts = torch.randperm(size // block, device=bench.device)[:count].sort().values * block
-    inputs = _inputs(bench, size, count * block)
     for product in PRODUCTS:
+        what = f"{product.what}, {size}"
         runs = starts if product.compact_rows else None, block, starts, block
-        steps = _contenders(inputs, product.dense, partial(_gathered, runs=runs, mask=product.mask))
+        gathered = partial(_gathered, runs=runs, mask=product.mask)
         limit = (size / (count * block)) ** (2 if product.compact_rows else 1)
-        yield bench.result(f"{product.what}, {size}", rate, limit, steps)
+        steps = _contenders(bench, what, rate, product.dense, gathered, (size, count * block))
+        yield bench.result(what, rate, limit, steps)
 
 
 def groups(bench: Bench, size: int, rate: float) -> Result:
@@ -101,15 +102,18 @@ def groups(bench: Bench, size: int, rate: float) -> Result:
     number = max(size // GROUP, 2)
     draws = [torch.randperm(size // block, device=bench.device)[:count].sort().values for _ in range(number)]
     runs = None, 0, torch.stack(draws) * block, block
+    what = f"groups of {-(-size // number)} rows, {size}, forward + backward"
     steps = _contenders(
-        _inputs(bench, size, count * block),
+        bench,
+        what,
+        rate,
         lambda x, w, dy: (x @ w.t(), dy @ w, dy.t() @ x),
         lambda ops, x, w, dy: (
             _gathered(ops, x, w, dy, runs, None, size),
             _gathered(ops, x, w, dy, runs, [True, True, False], size),
         ),
+        (size, count * block),
     )
-    what = f"groups of {-(-size // number)} rows, {size}, forward + backward"
     return bench.result(what, rate, size / (count * block), steps)
 
 
@@ -143,22 +147,43 @@ def _gathered(
 
 
 def _contenders(
-    inputs: list[list[Tensor]], dense: Callable[..., object], gathered: Callable[..., object]
+    bench: Bench,
+    what: str,
+    rate: float,
+    dense: Callable[..., object],
+    gathered: Callable[..., object],
+    sizes: tuple[int, int],
 ) -> dict[str, Step]:
-    """cuBLAS and the lowerings, each with inputs that take turns: dense(x, w, dy), gathered(ops, compact x, w, dy)."""
+    """cuBLAS and the lowerings, each with inputs that take turns: dense(x, w, dy), gathered(ops, compact x, w, dy).
+
+    On a GPU each is a CUDA graph, whose time is the device's alone, and the kernels' tiles are tuned.
+    """
     importlib.import_module("dropfx.ops.by_kernels")  # registers the ops of Triton
     registered = torch.ops.dropfx
-    lowerings = {
+    contenders: dict[str, _Ops | None] = {
+        "cuBLAS": None,
         "aten": _Ops(registered.linear.default, registered.linear_backward.default),
         "triton": _Ops(registered.linear_triton.default, registered.linear_backward_triton.default),
     }
+    inputs = _inputs(bench, *sizes)
 
-    def product(turns: Iterator[list[Tensor]], ops: _Ops | None) -> object:
-        x, w, dy, kept = next(turns)
-        return dense(x, w, dy) if ops is None else gathered(ops, kept, w, dy)
+    def product(given: list[Tensor], ops: _Ops | None) -> object:
+        x, w, dy, compact = given
+        return dense(x, w, dy) if ops is None else gathered(ops, compact, w, dy)
 
-    contenders: dict[str, _Ops | None] = {"cuBLAS": None, **lowerings}
-    return {name: partial(product, itertools.cycle(inputs), ops) for name, ops in contenders.items()}
+    turns = {name: [partial(product, given, ops) for given in inputs] for name, ops in contenders.items()}
+    if bench.device == "cuda":
+        from dropfx.tuning import tuner_for  # imports Triton
+
+        key = f"bench {what}, p={rate:g}, {bench.dtype}"
+        tuner_for(torch.device("cuda", torch.cuda.current_device())).measure(key, {"triton": turns["triton"][0]})
+        replays = {name: [_captured(step) for step in steps] for name, steps in turns.items()}
+        return {name: partial(_next_of, itertools.cycle(steps)) for name, steps in replays.items()}
+    return {name: partial(_next_of, itertools.cycle(steps)) for name, steps in turns.items()}
+
+
+def _next_of(steps: Iterator[Step]) -> object:
+    return next(steps)()
 
 
 # -- steps ----------------------------------------------------------------------------------------------------------

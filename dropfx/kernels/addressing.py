@@ -11,23 +11,47 @@ import triton.language as tl
 
 
 @triton.jit
-def units_at(first, width, starts, units, RUN: tl.constexpr, WRAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Units of the positions first .. first + BLOCK, int32 [BLOCK]; those past the `width` repeat the last one.
+def aligned(size, ALIGNMENT: tl.constexpr):
+    """A size that is a multiple of ALIGNMENT, in a form from which compilers know it: masks then cut no vector."""
+    return size // ALIGNMENT * ALIGNMENT
 
-    starts int64 [count]; units: length of the axis; WRAPS: runs may pass its end.
+
+@triton.jit
+def units_at(
+    first, width, starts, units, RUN: tl.constexpr, WRAPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Units of the positions first .. first + BLOCK, int32 [BLOCK]; those past the `width` are to be masked.
+
+    starts int64 [count]; units: length of the axis; WRAPS: runs may pass its end; CHUNK: as `Axis.chunk`. The unit is
+    sought of each chunk's first position, so that compilers see chunks of neighbours, which they load as one vector.
     """
-    inside = tl.arange(0, BLOCK)
+    positions = first + tl.arange(0, BLOCK)
     if RUN == 0:
-        return tl.minimum(first + inside, width - 1)
+        return positions
     if RUN % BLOCK == 0:
-        # one run serves the whole block: one number to load, neighbouring units
-        found = tl.load(starts + first // RUN).to(tl.int32) + first % RUN + inside
-    else:
-        positions = tl.minimum(first + inside, width - 1)
-        found = tl.load(starts + positions // RUN).to(tl.int32) + positions % RUN
+        # one run serves the whole block: one number to load
+        head = tl.load(starts + first // RUN).to(tl.int32) + first % RUN
+        if not WRAPS:
+            return head // CHUNK * CHUNK + tl.arange(0, BLOCK)
+    heads = positions // CHUNK * CHUNK
+    found = tl.load(starts + heads // RUN, mask=heads < width, other=0).to(tl.int32) // CHUNK * CHUNK + heads % RUN
     if WRAPS:
         found = tl.where(found >= units, found - units, found)
+    found += positions % CHUNK
+    if RUN % BLOCK == 0 and CHUNK == 1:
+        # a window: neighbours but for where it wraps, wherever it starts; threads side by side should read them
+        found = tl.max_contiguous(found, 8)
     return found
+
+
+@triton.jit
+def looked_up(table, index, mask, CHUNK: tl.constexpr):
+    """(table[index] where that is not negative, whether it is not): int32 and bool [BLOCK], False past the `mask`.
+
+    The table counts on within aligned stretches of CHUNK, or is negative in all of one: only their first is read.
+    """
+    found = tl.load(table + index // CHUNK * CHUNK, mask=mask, other=-1)
+    return found // CHUNK * CHUNK + index % CHUNK, found >= 0
 
 
 @triton.jit

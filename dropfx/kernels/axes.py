@@ -1,11 +1,14 @@
-"""The arguments of a launch: an axis of kept units, groups of rows, and tables made from a draw."""
+"""The arguments of a launch: an axis of kept units, and groups of rows."""
 
 from __future__ import annotations
 
+from math import gcd
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+_VECTOR = 16
+"""Items that Triton knows sizes and strides to be multiples of: no vector that a thread loads is longer."""
 
 
 class Axis(NamedTuple):
@@ -41,6 +44,17 @@ class Axis(NamedTuple):
         """Whether positions past the end repeat units that other runs keep: padding, whose values are zeros."""
         return self.starts is not None and self.starts.size(-1) > 1 and self.units % self.run != 0
 
+    @property
+    def alignment(self) -> int:
+        """What the width is a multiple of, at most 16; the same for every draw."""
+        return alignment(self.units if self.starts is None else self.run)
+
+    @property
+    def chunk(self) -> int:
+        """Length of aligned stretches in which positions and units run on alike, at most 16; a window lies anywhere."""
+        window = self.starts is not None and self.starts.size(-1) == 1
+        return 1 if window else gcd(self.alignment, alignment(self.units))
+
     def arguments(self, like: Tensor) -> tuple[Tensor, int]:
         """(starts, step from one group to the next); some tensor in the place of none."""
         if self.starts is None:
@@ -53,27 +67,10 @@ class Axis(NamedTuple):
         """The run's length as kernels are compiled for it, 0 for a dense axis."""
         return 0 if self.starts is None else self.run
 
-    def positions(self) -> Tensor:
-        """Unit of each kept position, int64 [(groups,) width]; past the end where runs wrap."""
-        assert self.starts is not None
-        return (self.starts[..., None] + torch.arange(self.run, device=self.starts.device)).flatten(-2)
 
-    def inverse(self) -> Tensor:
-        """Position of each unit or -1 where it is dropped, int32 [groups, units]; not for padding."""
-        assert self.starts is not None
-        positions = self.positions().view(self.groups, -1) % self.units
-        table = torch.full((self.groups, self.units), -1, dtype=torch.int32, device=positions.device)
-        numbers = torch.arange(self.width, dtype=torch.int32, device=positions.device)
-        return table.scatter_(1, positions, numbers.expand_as(positions))
-
-    def order(self) -> Tensor:
-        """All units, int32 [units]: the kept ones by position, then the dropped ones. Without groups."""
-        assert self.starts is not None
-        inverse = self.inverse()[0]
-        dropped = (inverse < 0).cumsum(0) + (self.width - 1)
-        place = torch.where(inverse < 0, dropped, inverse)
-        units = torch.arange(self.units, dtype=torch.int32, device=place.device)
-        return torch.empty_like(units).scatter_(0, place, units)
+def alignment(size: int) -> int:
+    """The largest power of two up to 16 that divides a size."""
+    return gcd(_VECTOR, size)
 
 
 def largest_group(rows: int, leading: int, groups: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -44,16 +44,25 @@ SMALL: dict[int, Config] = {2: Config(64, 64, 64, 4, 3), 4: Config(64, 64, 16, 4
 """The same for products of few tiles, which need more programs rather than larger ones."""
 
 OTHERS: dict[int, tuple[Config, ...]] = {
-    2: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4)),
+    2: (Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4)),
     4: (Config(128, 64, 16, 4, 3), Config(64, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
 }
 """What tuning tries besides."""
+
+WIDE: dict[int, tuple[Config, ...]] = {
+    2: (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 4)),
+    4: (),
+}
+"""What it tries on GPUs of sm_90 on, whose matrix instructions read operands from shared memory: others spill."""
 
 INTERPRETER = Config(16, 32, 32, 1, 1)
 """Small, so that small tensors already have inner and edge tiles."""
 
 PROGRAMS = 132
 """Programs below which smaller tiles are taken: one a multiprocessor of the largest current devices."""
+
+Small = Literal["first", "only"] | None
+"""Whether a kernel starts from the small tile, by which groups skip more, or may have no other."""
 
 chosen: dict[str, Config] = {}
 """Product -> tile that was measured to be the fastest: takes precedence over the tables. Filled by `dropfx.tuning`."""
@@ -72,8 +81,8 @@ def listening() -> Iterator[dict[str, tuple[Config, ...]]]:
         _listeners.remove(asked)
 
 
-def config_for(product: str, m: int, n: int, r: int, dtype: torch.dtype, small: bool = False) -> Config:
-    """The tile for a result [m, n], summed over r; small: a kernel whose own state leaves few registers."""
+def config_for(product: str, m: int, n: int, r: int, dtype: torch.dtype, small: Small = None) -> Config:
+    """The tile for a result [m, n], summed over r; small: whether a kernel's is small at first, or may be no larger."""
     if not (chosen or _listeners):
         return _by_table(m, n, dtype, small)
     # shapes of one power of two share a tile: batches and widths vary, the best tile hardly
@@ -83,21 +92,32 @@ def config_for(product: str, m: int, n: int, r: int, dtype: torch.dtype, small: 
     return chosen.get(key) or _by_table(m, n, dtype, small)
 
 
-def candidates(m: int, n: int, dtype: torch.dtype, small: bool = False) -> tuple[Config, ...]:
+def candidates(m: int, n: int, dtype: torch.dtype, small: Small = None) -> tuple[Config, ...]:
     """Tiles worth trying for a result [m, n], the table's first: none that lies beside the result by more than half."""
     first = _by_table(m, n, dtype, small)
     size = dtype.itemsize
-    rest = [INTERPRETER] if INTERPRETED else [SMALL[size], *(() if small else (LARGE[size], *OTHERS[size]))]
+    wide = WIDE[size] if _capability() >= 9 else ()
+    rest = (
+        [INTERPRETER]
+        if INTERPRETED
+        else [SMALL[size], *(() if small == "only" else (LARGE[size], *OTHERS[size], *wide))]
+    )
     fitting = [tile for tile in rest if tile.m < 2 * max(m, 32) and tile.n < 2 * max(n, 32)]
     return tuple(dict.fromkeys([first, *fitting]))
 
 
 def known(config: Config) -> bool:
     """Whether a tile is one of those that tuning tries."""
-    return any(config in (LARGE[size], SMALL[size], *OTHERS[size]) for size in OTHERS) or config == INTERPRETER
+    tables = ((LARGE[size], SMALL[size], *OTHERS[size], *WIDE[size]) for size in OTHERS)
+    return any(config in table for table in tables) or config == INTERPRETER
 
 
-def _by_table(m: int, n: int, dtype: torch.dtype, small: bool) -> Config:
+def _capability() -> int:
+    """The current GPU's generation: 8 for sm_80, 9 for sm_90."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+def _by_table(m: int, n: int, dtype: torch.dtype, small: Small) -> Config:
     if INTERPRETED:
         return INTERPRETER
     large = LARGE[dtype.itemsize]

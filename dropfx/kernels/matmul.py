@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropfx.kernels.addressing import group_rows, swizzled, units_at
+from dropfx.kernels.addressing import aligned, group_rows, swizzled, units_at
 from dropfx.kernels.axes import Axis, largest_group
 from dropfx.kernels.configs import config_for
 from dropfx.kernels.epilogue import activated
@@ -54,6 +54,10 @@ def _matmul(
     SUM_RUN: tl.constexpr,
     OUT_WRAPS: tl.constexpr,
     SUM_WRAPS: tl.constexpr,
+    OUT_CHUNK: tl.constexpr,
+    SUM_CHUNK: tl.constexpr,
+    OUT_ALIGNMENT: tl.constexpr,
+    SUM_ALIGNMENT: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,18 +66,21 @@ def _matmul(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    outs, sums = aligned(outs, OUT_ALIGNMENT), aligned(sums, SUM_ALIGNMENT)
     tile_m, tile_o = swizzled(tl.program_id(0), groups * tiles_a_group, tl.cdiv(outs, BLOCK_O), 8)
     group = tile_m // tiles_a_group
     low, high = group_rows(group, rows, leading, groups)
     m = low + (tile_m % tiles_a_group) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    out_unit = units_at(tile_o * BLOCK_O, outs, out_starts + group * out_group, out_units, OUT_RUN, OUT_WRAPS, BLOCK_O)
+    out_starts += group * out_group
+    sum_starts += group * sum_group
+    out_unit = units_at(tile_o * BLOCK_O, outs, out_starts, out_units, OUT_RUN, OUT_WRAPS, OUT_CHUNK, BLOCK_O)
     a_rows = a + m.to(tl.int64)[:, None] * a_row
     w_outs = w + out_unit.to(tl.int64)[None, :] * w_out
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     for first in range(0, sums, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        unit = units_at(first, sums, sum_starts + group * sum_group, sum_units, SUM_RUN, SUM_WRAPS, BLOCK_R)
+        unit = units_at(first, sums, sum_starts, sum_units, SUM_RUN, SUM_WRAPS, SUM_CHUNK, BLOCK_R)
         within = (m < high)[:, None] & (r < sums)[None, :]
         left = tl.load(a_rows + r.to(tl.int64)[None, :] * a_sum, mask=within, other=0)
         inside = (r < sums)[:, None] & (o < outs)[None, :]
@@ -117,7 +124,10 @@ def gathered_matmul(
     out = a.new_empty(rows, outs.width)
     if not out.numel():
         return out
-    config = config_for("matmul", rows, outs.width, sums.width, a.dtype)
+    # a pointer for each item of the weight fills the registers, where windows and single units leave no vectors
+    single = min(outs.chunk, sums.chunk) * a.dtype.itemsize < 4
+    product = "matmul by items" if single else "matmul"
+    config = config_for(product, rows, outs.width, sums.width, a.dtype, small="only" if single else None)
     tiles = triton.cdiv(largest_group(rows, leading, groups), config.m)
     (out_starts, out_group), (sum_starts, sum_group) = outs.arguments(a), sums.arguments(a)
     _matmul[(groups * tiles * triton.cdiv(outs.width, config.n),)](
@@ -128,6 +138,10 @@ def gathered_matmul(
         SUM_RUN=sums.compiled_run,
         OUT_WRAPS=outs.wraps,
         SUM_WRAPS=sums.wraps,
+        OUT_CHUNK=outs.chunk,
+        SUM_CHUNK=sums.chunk,
+        OUT_ALIGNMENT=outs.alignment,
+        SUM_ALIGNMENT=sums.alignment,
         BIAS=bias is not None,
         ACTIVATION=activation,
         **config.options(a.dtype, "MOR"),

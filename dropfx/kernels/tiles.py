@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dropfx.kernels.addressing import aligned
+from dropfx.kernels.axes import alignment
 from dropfx.kernels.configs import config_for
 from dropfx.kernels.launch import on_its_device
 
@@ -61,6 +63,8 @@ def _matmul(
     scale,
     TILE_O: tl.constexpr,
     TILE_R: tl.constexpr,
+    OUT_ALIGNMENT: tl.constexpr,
+    SUM_ALIGNMENT: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -68,9 +72,11 @@ def _matmul(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    number = tl.program_id(0) // tiles_a_class
-    o = _unit_of((tl.program_id(0) % tiles_a_class) * BLOCK_O + tl.arange(0, BLOCK_O), number, period, TILE_O)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    outs, sums = aligned(outs, OUT_ALIGNMENT), aligned(sums, SUM_ALIGNMENT)
+    program = tl.program_id(0) % (period * tiles_a_class)
+    number = program // tiles_a_class
+    o = _unit_of((program % tiles_a_class) * BLOCK_O + tl.arange(0, BLOCK_O), number, period, TILE_O)
+    m = tl.program_id(0) // (period * tiles_a_class) * BLOCK_M + tl.arange(0, BLOCK_M)
     other = _partner(number, period, offset)
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     a_rows = a + m.to(tl.int64)[:, None] * a_row
@@ -109,15 +115,19 @@ def _weight_gradient(
     scale,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    N_ALIGNMENT: tl.constexpr,
+    K_ALIGNMENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    n_class, k_class = tl.program_id(0) // n_tiles, tl.program_id(1) // k_tiles
-    n = _unit_of((tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N), n_class, period, TILE_N)
-    k = _unit_of((tl.program_id(1) % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K), k_class, period, TILE_K)
+    n_units, k_units = aligned(n_units, N_ALIGNMENT), aligned(k_units, K_ALIGNMENT)
+    row, column = tl.program_id(0) % (period * n_tiles), tl.program_id(0) // (period * n_tiles)
+    n_class, k_class = row // n_tiles, column // k_tiles
+    n = _unit_of((row % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N), n_class, period, TILE_N)
+    k = _unit_of((column % k_tiles) * BLOCK_K + tl.arange(0, BLOCK_K), k_class, period, TILE_K)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dy_units = dy + n.to(tl.int64)[:, None] * dy_unit
     x_units = x + k.to(tl.int64)[None, :] * x_unit
@@ -164,11 +174,14 @@ def tiled_matmul(
         return out
     config = config_for("tiled matmul", a.size(0), weight.size(0), weight.size(1), a.dtype)
     blocks = triton.cdiv(_positions(weight.size(0), tile[0], period), config.n)
-    _matmul[(period * blocks, triton.cdiv(a.size(0), config.m))](
+    # one number of programs: others than the first are limited to 65,535
+    _matmul[(period * blocks * triton.cdiv(a.size(0), config.m),)](
         *(a, weight, a if bias is None else bias, out, a.size(0), *weight.shape, period, offset % period, blocks),
         *(*a.stride(), *weight.stride(), scale),
         TILE_O=tile[0],
         TILE_R=tile[1],
+        OUT_ALIGNMENT=alignment(weight.size(0)),
+        SUM_ALIGNMENT=alignment(weight.size(1)),
         BIAS=bias is not None,
         **config.options(a.dtype, "MOR"),
     )
@@ -186,11 +199,13 @@ def tiled_weight_gradient(
     config = config_for("tiled weight gradient", dw.size(0), dw.size(1), len(dy), dy.dtype)
     n_tiles = triton.cdiv(_positions(dy.size(1), tile[0], period), config.m)
     k_tiles = triton.cdiv(_positions(x.size(1), tile[1], period), config.n)
-    _weight_gradient[(period * n_tiles, period * k_tiles)](
+    _weight_gradient[(period * n_tiles * period * k_tiles,)](
         *(dy, x, dw, len(dy), *dw.shape, period, offset % period, n_tiles, k_tiles),
         *(*dy.stride(), *x.stride(), scale),
         TILE_N=tile[0],
         TILE_K=tile[1],
+        N_ALIGNMENT=alignment(dw.size(0)),
+        K_ALIGNMENT=alignment(dw.size(1)),
         **config.options(dy.dtype, "NKM"),
     )
     return dw

@@ -1,6 +1,7 @@
 """take(x)[o, j] = x[o, kept[j]]     put(y)[o, kept[j]] = base[o, kept[j]] + alpha * y[o, j],  base (or 0) elsewhere.
 
-Tensors are seen as [outer, units, inner]. Legend: o an outer row, q a place in the flattened [units * inner].
+Tensors are seen as [outer, units, inner]. Legend: o an outer row, q a place in the flattened [units * inner], of which
+CHUNK lie side by side in the compact tensor and in the dense one.
 Limits: bytes; each item is read once and written once, dropped ones are not read.
 """
 
@@ -12,12 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropfx.kernels.addressing import group_of
-from dropfx.kernels.axes import Axis
+from dropfx.kernels.addressing import aligned, group_of
+from dropfx.kernels.axes import Axis, alignment
 from dropfx.kernels.interpreter import INTERPRETED
 from dropfx.kernels.launch import on_its_device
+from dropfx.kernels.tables import inverse
 
 _OUTER, _PLACES = (4, 16) if INTERPRETED else (8, 256)
+
+
+@triton.jit
+def _place(places, BLOCK_O: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """(o, q) of a program, int32 [BLOCK_O] and int64 [BLOCK_Q]; grids of more axes end at 65,535 programs on these."""
+    across = tl.cdiv(places, BLOCK_Q)
+    program = tl.program_id(0)
+    o = program // across * BLOCK_O + tl.arange(0, BLOCK_O)
+    return o.to(tl.int32), program % across * BLOCK_Q + tl.arange(0, BLOCK_Q)
 
 
 @triton.jit(do_not_specialize=["outers", "width", "units", "leading", "groups"])
@@ -34,20 +45,26 @@ def _take(
     group_step,
     RUN: tl.constexpr,
     WRAPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH_ALIGNMENT: tl.constexpr,
+    UNITS_ALIGNMENT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = (o < outers)[:, None] & (q < width * inner)[None, :]
-    position = (q // inner)[None, :]
+    compact = aligned(width.to(tl.int64) * inner, WIDTH_ALIGNMENT)
+    dense = aligned(units.to(tl.int64) * inner, UNITS_ALIGNMENT)
+    o, q = _place(compact, BLOCK_O, BLOCK_Q)
+    inside = (o < outers)[:, None] & (q < compact)[None, :]
+    head = q // CHUNK * CHUNK
+    position = (head // inner)[None, :]
     mine = starts + (group_of(o, outers, leading, groups) * group_step)[:, None]
-    unit = tl.load(mine + position // RUN, mask=inside, other=0).to(tl.int32) + position % RUN
+    unit = tl.load(mine + position // RUN, mask=inside, other=0) + position % RUN
     if WRAPS:
         unit = tl.where(unit >= units, unit - units, unit)
     row = o.to(tl.int64)[:, None]
-    found = tl.load(x + row * units * inner + unit * inner + (q % inner)[None, :], mask=inside, other=0)
-    tl.store(out + row * width * inner + q[None, :], found, mask=inside)
+    read = (unit * inner + (head % inner)[None, :]) // CHUNK * CHUNK + (q % CHUNK)[None, :]
+    found = tl.load(x + row * dense + read, mask=inside, other=0)
+    tl.store(out + row * compact + q[None, :], found, mask=inside)
 
 
 @triton.jit(do_not_specialize=["outers", "width", "units", "leading", "groups"])
@@ -65,18 +82,24 @@ def _put(
     group_step,
     alpha,
     BASE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH_ALIGNMENT: tl.constexpr,
+    UNITS_ALIGNMENT: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = (o < outers)[:, None] & (q < units * inner)[None, :]
+    compact = aligned(width.to(tl.int64) * inner, WIDTH_ALIGNMENT)
+    dense = aligned(units.to(tl.int64) * inner, UNITS_ALIGNMENT)
+    o, q = _place(dense, BLOCK_O, BLOCK_Q)
+    inside = (o < outers)[:, None] & (q < dense)[None, :]
+    head = q // CHUNK * CHUNK
     mine = inverse + (group_of(o, outers, leading, groups) * group_step)[:, None]
-    position = tl.load(mine + (q // inner)[None, :], mask=inside, other=-1)
+    position = tl.load(mine + (head // inner)[None, :], mask=inside, other=-1)
     row = o.to(tl.int64)[:, None]
     kept = inside & (position >= 0)
-    made = tl.load(y + row * width * inner + position * inner + (q % inner)[None, :], mask=kept, other=0)
-    place = row * units * inner + q[None, :]
+    read = (position.to(tl.int64) * inner + (head % inner)[None, :]) // CHUNK * CHUNK + (q % CHUNK)[None, :]
+    made = tl.load(y + row * compact + read, mask=kept, other=0)
+    place = row * dense + q[None, :]
     if BASE:
         made = tl.load(base + place, mask=inside, other=0).to(tl.float32) + made.to(tl.float32) * alpha
     tl.store(out + place, made.to(out.dtype.element_ty), mask=inside)
@@ -93,8 +116,19 @@ def _resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.new_empty([*x.shape[:dim], size, *x.shape[dim + 1 :]])
 
 
-def _grid(outer: int, places: int) -> tuple[int, int]:
-    return triton.cdiv(outer, _OUTER), triton.cdiv(places, _PLACES)
+def _grid(outer: int, places: int) -> tuple[int]:
+    return (triton.cdiv(outer, _OUTER) * triton.cdiv(places, _PLACES),)
+
+
+def _options(kept: Axis, inner: int) -> dict[str, int]:
+    """Compile-time arguments of both kernels."""
+    return {
+        "CHUNK": alignment(kept.chunk * inner),
+        "WIDTH_ALIGNMENT": alignment(kept.run * inner),
+        "UNITS_ALIGNMENT": alignment(kept.units * inner),
+        "BLOCK_O": _OUTER,
+        "BLOCK_Q": _PLACES,
+    }
 
 
 @on_its_device
@@ -110,8 +144,7 @@ def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
         *(x, out, starts, outer, kept.width, kept.units, inner, leading, kept.groups, step),
         RUN=kept.run,
         WRAPS=kept.wraps,
-        BLOCK_O=_OUTER,
-        BLOCK_Q=_PLACES,
+        **_options(kept, inner),
     )
     return out
 
@@ -132,10 +165,9 @@ def put_units(
     y = y.contiguous()
     outer, inner = _seen(y, dim)
     _put[_grid(outer, kept.units * inner)](
-        *(y, y if base is None else base.contiguous(), out, kept.inverse()),
+        *(y, y if base is None else base.contiguous(), out, inverse(kept)),
         *(outer, kept.width, kept.units, inner, leading, kept.groups, kept.units, alpha),
         BASE=base is not None,
-        BLOCK_O=_OUTER,
-        BLOCK_Q=_PLACES,
+        **_options(kept, inner),
     )
     return out

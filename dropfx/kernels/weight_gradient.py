@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropfx.kernels.addressing import group_rows, swizzled
-from dropfx.kernels.axes import Axis
-from dropfx.kernels.configs import config_for
+from dropfx.kernels.addressing import aligned, group_rows, looked_up, swizzled
+from dropfx.kernels.axes import Axis, alignment
+from dropfx.kernels.configs import Small, config_for
 from dropfx.kernels.launch import on_its_device
+from dropfx.kernels.tables import inverse, order
 
 
 @triton.jit
@@ -25,8 +26,10 @@ def _rank_update(
     acc,
     dy,
     x,
-    n,  # position of each row of the tile, -1: none
-    k,  # position of each column, -1: none
+    n,  # position of each row of the tile
+    some_n,  # whether it is one
+    k,
+    some_k,
     low,
     high,
     dy_row,
@@ -38,12 +41,12 @@ def _rank_update(
     BLOCK_M: tl.constexpr,
 ):
     """acc [n, k] + dy[low:high, n]^T @ x[low:high, k]"""
-    dy_units = dy + tl.maximum(n, 0).to(tl.int64)[:, None] * dy_unit
-    x_units = x + tl.maximum(k, 0).to(tl.int64)[None, :] * x_unit
+    dy_units = dy + n.to(tl.int64)[:, None] * dy_unit
+    x_units = x + k.to(tl.int64)[None, :] * x_unit
     for first in range(low, high, BLOCK_M):
         m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-        left = tl.load(dy_units + m[None, :] * dy_row, mask=(n >= 0)[:, None] & (m < high)[None, :], other=0)
-        right = tl.load(x_units + m[:, None] * x_row, mask=(m < high)[:, None] & (k >= 0)[None, :], other=0)
+        left = tl.load(dy_units + m[None, :] * dy_row, mask=some_n[:, None] & (m < high)[None, :], other=0)
+        right = tl.load(x_units + m[:, None] * x_row, mask=(m < high)[:, None] & some_k[None, :], other=0)
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
@@ -69,12 +72,22 @@ def _shared(
     scale,
     ORDERED_N: tl.constexpr,
     ORDERED_K: tl.constexpr,
+    N_CHUNK: tl.constexpr,
+    K_CHUNK: tl.constexpr,
+    N_ALIGNMENT: tl.constexpr,
+    K_ALIGNMENT: tl.constexpr,
+    UNITS_ALIGNMENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    kept_n, kept_k, units_k = (
+        aligned(kept_n, N_ALIGNMENT),
+        aligned(kept_k, K_ALIGNMENT),
+        aligned(units_k, UNITS_ALIGNMENT),
+    )
     tile_n, tile_k = swizzled(tl.program_id(0), tl.cdiv(units_n, BLOCK_N), tl.cdiv(units_k, BLOCK_K), 8)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -84,8 +97,10 @@ def _shared(
         acc,
         dy,
         x,
-        tl.where(n < kept_n, n, -1),
-        tl.where(k < kept_k, k, -1),
+        n,
+        n < kept_n,
+        k,
+        k < kept_k,
         0,
         tl.where(some, rows, 0),
         dy_row,
@@ -98,9 +113,9 @@ def _shared(
     )
     unit_n, unit_k = n, k
     if ORDERED_N:
-        unit_n = tl.load(order_n + n, mask=n < units_n, other=0)
+        unit_n, _ = looked_up(order_n, n, n < units_n, N_CHUNK)
     if ORDERED_K:
-        unit_k = tl.load(order_k + k, mask=k < units_k, other=0)
+        unit_k, _ = looked_up(order_k, k, k < units_k, K_CHUNK)
     place = dw + unit_n.to(tl.int64)[:, None] * units_k + unit_k[None, :]
     tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=(n < units_n)[:, None] & (k < units_k)[None, :])
 
@@ -126,27 +141,34 @@ def _grouped(
     scale,
     GATHERED_N: tl.constexpr,
     GATHERED_K: tl.constexpr,
+    N_CHUNK: tl.constexpr,
+    K_CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    units_n, units_k = aligned(units_n, N_CHUNK), aligned(units_k, K_CHUNK)
     tile_n, tile_k = swizzled(tl.program_id(0), tl.cdiv(units_n, BLOCK_N), tl.cdiv(units_k, BLOCK_K), 8)
     unit_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     unit_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for group in range(groups):
-        n = tl.where(unit_n < units_n, unit_n, -1)
-        k = tl.where(unit_k < units_k, unit_k, -1)
+        n, some_n = unit_n, unit_n < units_n
+        k, some_k = unit_k, unit_k < units_k
         if GATHERED_N:
-            n = tl.load(inverse_n + group * inverse_n_group + unit_n, mask=unit_n < units_n, other=-1)
+            n, some_n = looked_up(inverse_n + group * inverse_n_group, unit_n, unit_n < units_n, N_CHUNK)
         if GATHERED_K:
-            k = tl.load(inverse_k + group * inverse_k_group + unit_k, mask=unit_k < units_k, other=-1)
-        some = (tl.max(n, 0) >= 0) & (tl.max(k, 0) >= 0)
+            k, some_k = looked_up(inverse_k + group * inverse_k_group, unit_k, unit_k < units_k, K_CHUNK)
         low, high = group_rows(group, rows, leading, groups)
-        high = tl.where(some, high, low)
-        acc = _rank_update(acc, dy, x, n, k, low, high, dy_row, dy_unit, x_row, x_unit, PRECISION, UPCAST, BLOCK_M)
+        if GATHERED_N:
+            high = tl.where(tl.max(some_n.to(tl.int32), 0) > 0, high, low)
+        if GATHERED_K:
+            high = tl.where(tl.max(some_k.to(tl.int32), 0) > 0, high, low)
+        acc = _rank_update(
+            acc, dy, x, n, some_n, k, some_k, low, high, dy_row, dy_unit, x_row, x_unit, PRECISION, UPCAST, BLOCK_M
+        )
     place = dw + unit_n.to(tl.int64)[:, None] * units_k + unit_k[None, :]
     inside = (unit_n < units_n)[:, None] & (unit_k < units_k)[None, :]
     tl.store(place, (acc * scale).to(dw.dtype.element_ty), mask=inside)
@@ -169,20 +191,25 @@ def weight_gradient(dy: Tensor, x: Tensor, rows: Axis, cols: Axis, scale: float 
     if not dw.numel():
         return dw
     groups = max(rows.groups, cols.groups)
-    config = config_for("weight gradient", rows.units, cols.units, len(dy), dy.dtype, small=groups > 1)
+    product = "weight gradient" if groups == 1 else "weight gradient of groups"
+    small: Small = None if groups == 1 else "first"
+    config = config_for(product, rows.units, cols.units, len(dy), dy.dtype, small)
     grid = (triton.cdiv(rows.units, config.m) * triton.cdiv(cols.units, config.n),)
-    compiled = config.options(dy.dtype, "NKM")
+    compiled = {"N_CHUNK": rows.chunk, "K_CHUNK": cols.chunk, **config.options(dy.dtype, "NKM")}
     if groups == 1:
-        orders = (axis.order() if axis.starts is not None else dw for axis in (rows, cols))
+        orders = (order(axis) if axis.starts is not None else dw for axis in (rows, cols))
         _shared[grid](
             *(dy, x, dw, *orders, len(dy), rows.width, cols.width, rows.units, cols.units),
             *(*dy.stride(), *x.stride(), scale),
             ORDERED_N=rows.starts is not None,
             ORDERED_K=cols.starts is not None,
+            N_ALIGNMENT=rows.alignment,
+            K_ALIGNMENT=cols.alignment,
+            UNITS_ALIGNMENT=alignment(cols.units),
             **compiled,
         )
         return dw
-    inverses = [axis.inverse() if axis.starts is not None else dw for axis in (rows, cols)]
+    inverses = [inverse(axis) if axis.starts is not None else dw for axis in (rows, cols)]
     steps = (axis.units if axis.groups > 1 else 0 for axis in (rows, cols))
     _grouped[grid](
         *(dy, x, dw, *inverses, len(dy), rows.units, cols.units, leading, groups, *steps),
@@ -207,20 +234,22 @@ def _bias(
     dy_row,
     dy_unit,
     GATHERED: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    units = aligned(units, CHUNK)
     unit = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for group in range(groups):
-        n = tl.where(unit < units, unit, -1)
+        n, some = unit, unit < units
         if GATHERED:
-            n = tl.load(inverse + group * inverse_group + unit, mask=unit < units, other=-1)
+            n, some = looked_up(inverse + group * inverse_group, unit, unit < units, CHUNK)
         low, high = group_rows(group, rows, leading, groups)
-        columns = dy + tl.maximum(n, 0).to(tl.int64)[None, :] * dy_unit
+        columns = dy + n.to(tl.int64)[None, :] * dy_unit
         for first in range(low, high, BLOCK_M):
             m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-            part = tl.load(columns + m[:, None] * dy_row, mask=(m < high)[:, None] & (n >= 0)[None, :], other=0)
+            part = tl.load(columns + m[:, None] * dy_row, mask=(m < high)[:, None] & some[None, :], other=0)
             acc += tl.sum(part.to(tl.float32), 0)
     tl.store(db + unit, acc.to(db.dtype.element_ty), mask=unit < units)
 
@@ -231,11 +260,12 @@ def bias_gradient(dy: Tensor, rows: Axis, leading: int = 1) -> Tensor:
     assert not rows.ragged
     db = dy.new_empty(rows.units)
     if rows.units:
-        config = config_for("bias gradient", rows.units, 1, len(dy), dy.dtype, small=True)
+        config = config_for("bias gradient", rows.units, 1, len(dy), dy.dtype, small="only")
         _bias[(triton.cdiv(rows.units, config.n),)](
-            *(dy, db, db if rows.starts is None else rows.inverse(), len(dy), rows.units, leading, rows.groups),
+            *(dy, db, db if rows.starts is None else inverse(rows), len(dy), rows.units, leading, rows.groups),
             *(rows.units if rows.groups > 1 else 0, *dy.stride()),
             GATHERED=rows.starts is not None,
+            CHUNK=rows.chunk,
             BLOCK_N=config.n,
             BLOCK_M=config.r,
         )

@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, as its launcher would launch it, and prints what came of it as JSON.
 
-`python ahead.py ARCH...`: a process of its own, since Triton decides at import whether it interprets.
+`python ahead.py DTYPE,... ARCH,... [all]`: a process of its own, since Triton decides at import whether it interprets.
+With `all` each product is compiled with every tile that tuning tries, otherwise with the table's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from dropfx import kernels
-from dropfx.kernels import Axis
+from dropfx.kernels import Axis, configs
+from dropfx.kernels.configs import Config
 
 TYPES = {
     torch.float32: "fp32",
@@ -30,7 +35,6 @@ TYPES = {
     torch.int64: "i64",
 }
 _CONSTANT = 0x1E3779B97F4A7C15
-MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -62,7 +66,7 @@ class Launches:
         self.sources.append((ASTSource(kernel, signature, constants, attributes), options))
 
 
-def launch_all(dtype: torch.dtype) -> None:
+def launch_all(dtype: torch.dtype, activation: str) -> None:
     """One launch of each kernel and kind of addressing."""
     rows, units, run = 8192, 8192, 64
     x, w = (torch.empty(rows, units, dtype=dtype, device="meta") for _ in range(2))
@@ -70,15 +74,19 @@ def launch_all(dtype: torch.dtype) -> None:
     dense = Axis(None, 0, units)
     blocks = Axis(torch.empty(units // run // 2, dtype=torch.int64, device="meta"), run, units)
     half = x[:, : units // 2].contiguous()
-    kernels.gathered_matmul(half, w, dense, blocks, bias=bias, scale=2.0, activation="gelu")
+    kernels.gathered_matmul(half, w, dense, blocks, bias=bias, scale=2.0, activation=activation)
     kernels.gathered_matmul(x, w.t(), blocks, dense)
     kernels.gathered_matmul(half, w, blocks, blocks)
     grouped = blocks._replace(starts=torch.empty(64, units // run // 2, dtype=torch.int64, device="meta"))
     kernels.gathered_matmul(half, w, dense, grouped, leading=rows)
+    short = Axis(torch.empty(units // 32, dtype=torch.int64, device="meta"), 16, units)
+    kernels.gathered_matmul(half, w, dense, short)
+    kernels.gathered_matmul(x, w.t(), short, dense)
     window = Axis(torch.empty(1, dtype=torch.int64, device="meta"), units // 2, units)
     kernels.gathered_matmul(half, w, dense, window)
     kernels.weight_gradient(x, half, dense, blocks)
     kernels.weight_gradient(x, half, dense, grouped, leading=rows)
+    kernels.weight_gradient(half, half, short, short)
     kernels.bias_gradient(half, blocks)
     for window in (False, True):
         sites = [kernels.DrawnSite(key=5, slots=kernels.MAX_SLOTS, kept=4096, units=64)]
@@ -102,28 +110,57 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", printed)}
 
 
+def compiled(source: ASTSource, options: dict[str, int], arch: int) -> dict[str, Any]:
+    """What a kernel needs, and by which instructions it multiplies and moves."""
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = made.asm["ptx"]
+    return {
+        "arch": arch,
+        "matrix": sorted(set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))),
+        # operands that are copied to shared memory 16 bytes at a time, and items that go through registers alone
+        "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+        "single": len(re.findall(r"\b(?:ld|st)\.global\.b16\b", ptx)),
+        "shared": made.metadata.shared,
+        **resources(made.asm["cubin"]),
+    }
+
+
+def tiles_of(dtype: torch.dtype, arch: int, every: bool) -> list[Config | None]:
+    """None for those of the table; every: and all that tuning tries."""
+    size = dtype.itemsize
+    wide = configs.WIDE[size] if arch >= 90 else ()
+    return [None, *((configs.SMALL[size], *configs.OTHERS[size], *wide) if every else ())]
+
+
+@contextmanager
+def tile_of_all(tile: Config | None) -> Iterator[None]:
+    """Products get this tile, where they are not of those that get the small one only."""
+    by_table = configs._by_table
+    if tile is not None:
+        configs._by_table = lambda m, n, dtype, small: by_table(m, n, dtype, small) if small == "only" else tile
+    try:
+        yield
+    finally:
+        configs._by_table = by_table
+
+
+def compiled_for(dtype: torch.dtype, arch: int, tile: Config | None, launches: Launches) -> Iterator[dict[str, Any]]:
+    launches.sources.clear()
+    with tile_of_all(tile):
+        # what training fuses gets every tile; erf, whose constants take registers, the table's
+        launch_all(dtype, "gelu" if tile is None else "tanh")
+    for number, (source, options) in enumerate(launches.sources):
+        name = f"{source.fn.__module__.rpartition('.')[2]}.{source.name} {number}"
+        yield {"kernel": name, "tile": tile, "dtype": TYPES[dtype], **compiled(source, options, arch)}
+
+
 def main() -> None:
     launches = Launches()
     JITFunction.run = lambda self, *args, **kwargs: launches.run(self, *args, **kwargs)
     found = []
-    dtypes = [TYPES_BY_NAME[name] for name in sys.argv[1].split(",")]
-    for dtype in dtypes:
-        launches.sources.clear()
-        launch_all(dtype)
-        for number, (source, options) in enumerate(launches.sources):
-            for arch in map(int, sys.argv[2].split(",")):
-                made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                found.append(
-                    {
-                        "kernel": f"{source.fn.__module__.rpartition('.')[2]}.{source.name} {number}",
-                        "dtype": TYPES[dtype],
-                        "arch": arch,
-                        "matrix": sorted(
-                            set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", made.asm["ptx"]))
-                        ),
-                        **resources(made.asm["cubin"]),
-                    }
-                )
+    for dtype, arch in product([TYPES_BY_NAME[n] for n in sys.argv[1].split(",")], map(int, sys.argv[2].split(","))):
+        for tile in tiles_of(dtype, arch, sys.argv[3:] == ["all"]):
+            found += compiled_for(dtype, arch, tile, launches)
     json.dump(found, sys.stdout)
 
 

@@ -34,7 +34,8 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         count = prod(shape)
         zones.append(torch.full((count + 2 * GUARD,), 7.0, dtype=dtype or like.dtype, device=like.device))
-        return zones[-1][GUARD : GUARD + count].view(shape).fill_(float("nan"))
+        inner = zones[-1][GUARD : GUARD + count].view(shape)
+        return inner.fill_(float("nan") if inner.is_floating_point() else 2**30)
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "new_empty", new_empty)

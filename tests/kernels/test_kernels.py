@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dropfx import kernels
 from dropfx.kernels import Axis
+from dropfx.kernels.tables import inverse, order
 from tests.kernels.memory import guarded, guarded_outputs
 
 pytestmark = [
@@ -68,8 +69,8 @@ def make_axis(units: int, run: int, count: int, groups: int = 0) -> Axis:
 def kept(axis: Axis, group: int) -> Tensor:
     if axis.starts is None:
         return torch.arange(axis.units, device=DEVICE)
-    positions = axis.positions()
-    return (positions[group] if positions.dim() == 2 else positions) % axis.units
+    starts = axis.starts[group] if axis.starts.dim() == 2 else axis.starts
+    return (starts[:, None] + torch.arange(axis.run, device=DEVICE)).flatten() % axis.units
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -119,6 +120,77 @@ def check_products(outs: Axis, sums: Axis, rows: int, dtype: torch.dtype, patch:
     close(made_bias, db, dy.double().abs().sum() + 0 * db)
 
 
+@pytest.mark.parametrize("name", [name for name in AXES if name not in ("dense", "ragged blocks")])
+def test_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what kernels rely on: within aligned chunks, units and positions count on alike."""
+    torch.manual_seed(0)
+    here = axis(name)
+    with guarded_outputs(monkeypatch):
+        found = inverse(here)
+    for group in range(here.groups):
+        units = kept(here, group)
+        expected = torch.full((here.units,), -1, dtype=torch.int32, device=DEVICE)
+        expected[units] = torch.arange(here.width, dtype=torch.int32, device=DEVICE)
+        assert torch.equal(found[group], expected)
+        for run_on in (units, expected[expected >= 0]):
+            chunks = run_on.view(-1, here.chunk)
+            assert (chunks[:, 0] % here.chunk == 0).all()
+            assert torch.equal(chunks - chunks[:, :1], torch.arange(here.chunk, device=DEVICE).expand_as(chunks))
+    assert here.width % here.alignment == 0
+    if here.groups == 1:
+        with guarded_outputs(monkeypatch):
+            ordered = order(here)
+        dropped = (found[0] < 0).nonzero().flatten()
+        assert torch.equal(ordered.long(), torch.cat([kept(here, 0), dropped]))
+
+
+@pytest.mark.parametrize(
+    ("units", "run", "count", "chunk", "alignment"),
+    [
+        (64, 0, 0, 16, 16),
+        (50, 0, 0, 2, 2),
+        (128, 64, 1, 1, 16),
+        (128, 64, 2, 16, 16),
+        (96, 24, 2, 8, 8),
+        (50, 8, 3, 2, 8),
+    ],
+)
+def test_chunks(units: int, run: int, count: int, chunk: int, alignment: int) -> None:
+    here = Axis(torch.arange(count) * run if run else None, run, units)
+    assert (here.chunk, here.alignment) == (chunk, alignment)
+
+
+def far_apart(rows: int, units: int) -> Tensor:
+    """Rows 2^30 items from one another: pages of memory that nobody touches are never there."""
+    return torch.empty(rows * 2**30, dtype=torch.bfloat16, device=DEVICE).as_strided((rows, units), (2**30, 1))
+
+
+def test_offsets_beyond_2_to_the_31() -> None:
+    """Of operands; int32 would wrap at the third row."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    torch.manual_seed(0)
+    sums = axis("short blocks")
+    x, w = far_apart(5, sums.width), far_apart(5, sums.units)
+    for operand in (x, w):
+        operand.copy_(torch.randn(operand.shape))
+    near, dense = (x.contiguous(), w.contiguous()), Axis(None, 0, 5)
+    assert torch.equal(kernels.gathered_matmul(x, w, dense, sums), kernels.gathered_matmul(*near, dense, sums))
+    dy = far_apart(5, 5)
+    dy.copy_(torch.randn(5, 5))
+    found = kernels.weight_gradient(dy, x, dense, sums)
+    assert torch.equal(found, kernels.weight_gradient(dy.contiguous(), near[0], dense, sums))
+    assert torch.equal(kernels.bias_gradient(dy, dense), kernels.bias_gradient(dy.contiguous(), dense))
+    tile = (4, 4), 2, 1
+    assert torch.equal(
+        kernels.tiled_matmul(x, w[:, : sums.width], *tile),
+        kernels.tiled_matmul(near[0], near[1][:, : sums.width], *tile),
+    )
+    assert torch.equal(
+        kernels.tiled_weight_gradient(dy, x, *tile), kernels.tiled_weight_gradient(dy.contiguous(), near[0], *tile)
+    )
+
+
 @pytest.mark.parametrize("sums", SHARED)
 @pytest.mark.parametrize("outs", SHARED)
 def test_products(outs: str, sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +235,13 @@ def test_activations(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     sides = []
+    groups = data.draw(st.sampled_from([0, 0, 2, 3]))
     for _ in range(2):
         units, run = data.draw(st.integers(2, 70)), data.draw(st.sampled_from([0, 1, 2, 3, 8, 16, 24]))
         blocks = -(-units // max(run, 1))
         whole = run and units >= 2 * run and units % run == 0
-        sides.append((units, run, data.draw(st.integers(1, blocks - 1)) if whole else 0) if whole else (units, 0, 0))
-    rows, dtype = data.draw(st.integers(1, 40)), data.draw(st.sampled_from(DTYPES))
+        sides.append((units, run, data.draw(st.integers(1, blocks - 1)), groups) if whole else (units, 0, 0))
+    rows, dtype = data.draw(st.integers(max(groups, 1), 40)), data.draw(st.sampled_from(DTYPES))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     with pytest.MonkeyPatch.context() as patch:
         check_products(*(make_axis(*side) for side in sides), rows, dtype, patch)
