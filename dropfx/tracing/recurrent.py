@@ -6,12 +6,13 @@ takes them apart.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dropfx.tracing.proxies import LiveFloat, TensorProxy
+from dropfx.tracing.proxies import LiveFloat, Proxy, TensorProxy
 from dropfx.tracing.refusal import TraceRefused
 
 if TYPE_CHECKING:
@@ -21,14 +22,21 @@ RECURRENT_MODULES: dict[type[nn.Module], Any] = {nn.LSTM: torch.lstm, nn.GRU: to
 """Modules, by exact type, whose call is recorded so -> function; that of nn.RNN depends on its nonlinearity."""
 
 
-def can_record(module: Any) -> bool:
+def can_record(module: Any, original: Any) -> bool:
     """Whether a call means what the class says: all weights are parameters by their names, and dropouts are on."""
-    names = [name for layer in module._all_weights for name in layer]
-    weights = [module._parameters.get(name) for name in names]
-    same = len(weights) == len(module._flat_weights) and all(
-        w is not None and w is flat for w, flat in zip(weights, module._flat_weights, strict=True)
-    )
-    return same and module.training
+    return _weights(module, original) is not None and module.training
+
+
+def _weights(module: Any, original: Any) -> list[Any] | None:
+    """Those that the forward will use, None where one is not the parameter of its name.
+
+    The forward uses `_flat_weights`, and makes that list anew where a parameter is another than when it was made last,
+    as under torch.func.functional_call.
+    """
+    named = [module._parameters.get(name) for name in module._flat_weights_names]
+    same = len(named) == len(module._flat_weights) and all(map(operator.is_, named, module._flat_weights))
+    anew = any(isinstance(weight, Proxy) for weight in named) or original._weights_have_changed()
+    return named if (same or anew) and all(weight is not None for weight in named) else None
 
 
 def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> Any:
@@ -53,7 +61,7 @@ def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> An
         states = states if batched else [part.unsqueeze(1) for part in states]
     _check(tracer, module, x, states)
     function = getattr(torch, kind)
-    weights = list(module._flat_weights)
+    weights = [module._parameters[name] for name in module._flat_weights_names]
     made = tracer.record_recurrent(
         function,
         (
