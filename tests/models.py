@@ -11,6 +11,7 @@ from tests import (
     models_modules,
     models_products,
     models_python,
+    models_recurrent,
     models_regions,
     models_residual,
     models_units,
@@ -27,6 +28,7 @@ FILES = (
     models_modules,
     models_attention,
     models_python,
+    models_recurrent,
     models_arguments,
     models_hooks,
 )

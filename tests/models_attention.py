@@ -1,13 +1,11 @@
-"""Attention and recurrent models: sites that must be left alone beside sites that must not."""
+"""Attention: sites that must be left alone beside sites that must not."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.case import case, tokens, vectors
+from tests.case import case, vectors
 
 
 @case("attention_long", vectors(64, 32), left=("attn_drop",), rewritten=("resid_drop",))
@@ -50,20 +48,3 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin(self.drop(self.attention(x, x, x, need_weights=False)[0]))
-
-
-@case("lstm", tokens(), optional=("drop1",), rewritten=("drop2",))
-class RecurrentLM(nn.Module):
-    def __init__(self, layer: type[nn.RNNBase] = nn.LSTM, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.emb, self.drop1 = nn.Embedding(50, 64), nn.Dropout(0.5)
-        self.rnn = layer(64, 64, num_layers=2, dropout=dropout, batch_first=True)
-        self.drop2, self.decoder = nn.Dropout(0.5), nn.Linear(64, 50)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Any]:
-        h, state = self.rnn(self.drop1(self.emb(ids)))
-        return self.decoder(self.drop2(h)), state
-
-
-case("gru", tokens(), optional=("drop1",), rewritten=("drop2",))(lambda: RecurrentLM(nn.GRU))
-case("lstm_dropout", tokens(), optional=("drop1",), rewritten=("drop2",))(lambda: RecurrentLM(dropout=0.5))
