@@ -146,6 +146,11 @@ def _site(node: fx.Node, call: Call, gap: int) -> dict[str, Any]:
     return {"name": name, "rate": call.dropout, "live": known["live"]}
 
 
+def _saving_unseen() -> torch.autograd.graph.saved_tensors_hooks:
+    """Activation checkpointing counts what is saved in a forward; what is computed here is none of it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
 class Emitter:
     """Adds nodes before one that they replace, with their fake values."""
 
@@ -161,7 +166,7 @@ class Emitter:
         with graph.inserting_before(self._node):
             made = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
         values: Any = fx.node.map_arg(args, lambda n: n.meta["val"])
-        with self._mode, torch.enable_grad():
+        with self._mode, torch.enable_grad(), _saving_unseen():
             value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
         made.meta = {**self._kept, "val": value}
         return made

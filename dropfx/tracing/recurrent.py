@@ -55,7 +55,9 @@ def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> An
     hidden = module.proj_size or module.hidden_size
     sizes = [hidden, module.hidden_size] if lstm else [hidden]
     if state is None:
-        states = [x.new_zeros(module.num_layers * directions, x.size(axis), size) for size in sizes]
+        like = {"dtype": x.value.dtype, "device": x.value.device}  # both in the key; new_zeros would read x
+        places = module.num_layers * directions
+        states = [tracer.record("call_function", torch.zeros, (places, x.size(axis), size), like) for size in sizes]
     else:
         states = list(state) if lstm else [state]
         states = states if batched else [part.unsqueeze(1) for part in states]
@@ -70,7 +72,7 @@ def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> An
             weights,
             module.bias,
             module.num_layers,
-            float(dropout),
+            float(dropout) if dropout else 0.0,  # without a site nothing else would see that it is switched on
             True,
             module.bidirectional,
             module.batch_first,
@@ -93,6 +95,8 @@ def _check(tracer: Tracer, module: Any, x: TensorProxy, states: list[TensorProxy
     """Raises what the module itself would raise for inputs of wrong sizes."""
     with tracer.paused():
         values = [part.value for part in states]
+        if not x.value.size(1 if module.batch_first else 0):
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         module.check_forward_args(x.value, tuple(values) if module.mode == "LSTM" else values[0], None)
         for value in values:
             if value.dtype != x.value.dtype and not torch.is_autocast_enabled(x.value.device.type):
