@@ -25,6 +25,7 @@ from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
 from dropfx.sites import DROPOUT_MODULES, makes_masks, may_drop
 from dropfx.specialise import Specialisation, key_of
 from dropfx.tracing import TraceRefused
+from dropfx.tracing.recurrent import RECURRENT_MODULES
 
 _CAPACITY = 16
 """Specialisations kept for a module; the least recently used go first."""
@@ -186,7 +187,8 @@ class State:
 
     def _adopt(self, child: nn.Module, prefix: str) -> bool:
         """Compile a part of the model on its own, where something could be rewritten inside."""
-        lone = type(child) in DROPOUT_MODULES or (next(child.children(), None) is None and not _user_code(child))
+        leaf = next(child.children(), None) is None and not _user_code(child)
+        lone = type(child) in DROPOUT_MODULES or (leaf and type(child) not in RECURRENT_MODULES)
         if "_dropfx" in child.__dict__ or lone or not may_drop(child) or not _swappable(child):
             return False
         if parametrize.is_parametrized(child):  # its class is parametrize's, which edits it later
@@ -212,7 +214,8 @@ class Compiled:
         """Does not call on: registries of the user's classes must not meet the swapped one."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._dropfx_original,), self.__dict__.copy()
+        own: Any = getattr(self, "__getstate__", None)  # nn.LSTM's leaves out what cannot be copied
+        return _rebuild, (self._dropfx_original,), self.__dict__.copy() if own is None else own()
 
 
 def original_class(module: nn.Module) -> type:

@@ -31,5 +31,10 @@ def fake_value(target: str | Callable[..., Any], *values: Any) -> Any:
     leaves = [leaf for value in values for leaf in (value if isinstance(value, (list, tuple)) else [value])]
     # the values' own mode: a compiler that is at work has one too
     mode = next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
-    with mode, torch.enable_grad():
+    with mode, torch.enable_grad(), _saving_unseen():
         return getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+
+
+def _saving_unseen() -> torch.autograd.graph.saved_tensors_hooks:
+    """Activation checkpointing counts what is saved in a forward; what is computed here is none of it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)

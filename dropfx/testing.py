@@ -166,8 +166,8 @@ class _Substitute(TorchFunctionMode):
             return backward_under(self, *args, **kwargs)
         if func is F.linear and self._tiled:
             return self._tiled_linear(*args, **kwargs)
-        if func in RECURRENT_FUNCTIONS and (gaps := self._gaps()):
-            return layered(func, args, lambda x, gap: x * gaps[gap].to(x.dtype) if gap in gaps else x)
+        if func in RECURRENT_FUNCTIONS:
+            return self._recurrent(func, args)
         if func in _BERNOULLI:
             return self._drawn(func, *args, **kwargs)
         if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
@@ -196,14 +196,46 @@ class _Substitute(TorchFunctionMode):
         keep = kwargs.get("p", args[0] if args else 0.5)
         return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(mask * keep)
 
-    def _gaps(self) -> dict[int, Tensor]:
-        """Masks recorded between the layers of the module that is running, by gap."""
-        module = self._stack[-1]
-        path, calls = self._names[module], self.calls[self._names[module]]
-        name = f"{path}.dropout[" if path else "dropout["
-        suffix = "" if calls == 1 else f"#{calls}"
-        masks = {gap: self._masks.get(f"{name}{gap}]{suffix}") for gap in range(getattr(module, "num_layers", 0))}
-        return {gap: mask for gap, mask in masks.items() if mask is not None}
+    def _recurrent(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """torch.lstm or its kin, with the masks of the dropouts between its layers, or of the weights behind them."""
+        packed = isinstance(args[3], (list, tuple))  # the data comes with its batch sizes
+        layers, rate, train = args[4 + packed : 7 + packed]
+        names = [self._gap_name(gap) for gap in range(layers - 1)]
+        weights = list(args[2 + packed])
+        tiled = [bool(masks) for masks in self._mask_inputs(args[0], names, weights, layers, args[7 + packed])]
+        args = (*args[: 2 + packed], weights, *args[3 + packed :])
+        if not any(tiled) and not any(name in self._masks for name in names):
+            return func(*args)
+
+        def between(x: Tensor, gap: int) -> Tensor:
+            if tiled[gap]:
+                return x
+            mask = self._masks.get(names[gap])
+            return torch.dropout(x, rate, train) if mask is None else x * mask.to(x.dtype)
+
+        return layered(func, args, between)
+
+    def _mask_inputs(
+        self, x: Tensor, names: list[str], weights: list[Tensor], layers: int, bidirectional: bool
+    ) -> list[list[Tensor]]:
+        """Where tiles are drawn, mask the weights of the layers' inputs in place of these; the masks of each gap."""
+        places = 2 if bidirectional else 1
+        each = len(weights) // (layers * places)
+        behind = [masks for dropped, masks in self._tiled if x is dropped]
+        gaps = [_of_weights(self._masks, name) if self._tiles else [] for name in names]
+        for layer, masks in enumerate([behind, *([iter(gap)] for gap in gaps)]):
+            for place in range(layer * places, (layer + 1) * places):
+                for remaining in masks:
+                    mask = next(remaining, None)
+                    weight = weights[place * each]
+                    weights[place * each] = weight if mask is None else weight * mask.to(weight.dtype)
+        return gaps
+
+    def _gap_name(self, gap: int) -> str:
+        """Of the dropout behind a layer of the recurrent module that is running."""
+        path, calls = self._names[self._stack[-1]], self.calls[self._names[self._stack[-1]]]
+        name = f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]"
+        return name if calls == 1 else f"{name}#{calls}"
 
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self._tiled:

@@ -1,8 +1,9 @@
 """The oracle: a model run with every `dropout(x) := x * m`.
 
 It shares no code with the library. It takes the original model and recorded masks (site name -> dense multiplier),
-replaces `F.dropout` and its channel forms by the multiplication, and names each call as the library's public
-face does: module path, `path#2` for a second call, `path:dropout_1` for functional calls.
+replaces `F.dropout` and its channel forms by the multiplication, runs nn.LSTM and its kin layer by layer where they
+drop between layers, and names each call as the library's public face does: module path, `path#2` for a second call,
+`path:dropout_1` for functional calls, `path.dropout[0]` behind the first layer of an nn.LSTM.
 """
 
 from __future__ import annotations
@@ -48,6 +49,33 @@ BERNOULLI = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
 """Draws of masks that models make by hand, and divide by the probability."""
 
 
+@dataclasses.dataclass
+class LayersCall:
+    """Arguments of torch.lstm, torch.gru, torch.rnn_tanh and torch.rnn_relu by their names, for inputs not packed."""
+
+    input: Tensor
+    hx: Any  # [layers * directions, batch, *], for LSTM a pair
+    params: Any  # of each layer and direction in turn
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+
+    def layer(self, function: Callable[..., Any], index: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The output and the last states of one layer on its own input."""
+        directions = 1 + self.bidirectional
+        first, tensors = index * directions, len(self.params) // self.num_layers
+        hx: Any = [h.narrow(0, first, directions) for h in ([self.hx] if isinstance(self.hx, Tensor) else self.hx)]
+        own = list(self.params)[index * tensors :][:tensors]
+        rest = (self.has_biases, 1, 0.0, self.train, self.bidirectional, self.batch_first)
+        return function(x, hx[0] if isinstance(self.hx, Tensor) else hx, own, *rest)
+
+
+RECURRENT_FUNCTIONS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
 class UnrecordedSite(AssertionError):
     """A live dropout for which no mask was recorded."""
 
@@ -86,6 +114,12 @@ class SitePaths:
         self.draws[path] += 1
         return f"{path}:bernoulli_{self.draws[path]}"
 
+    def gap_name(self, gap: int) -> str:
+        """Of the dropout behind a layer of the recurrent module that is running."""
+        path, _ = self.stack[-1]
+        name = f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]"
+        return name if self.calls[path] == 1 else f"{name}#{self.calls[path]}"
+
 
 class ReplaceDropout(TorchFunctionMode):
     """`dropout(x) := x * masks[site]` for every live dropout; `left_alone` sites keep PyTorch's own."""
@@ -100,6 +134,8 @@ class ReplaceDropout(TorchFunctionMode):
         if func in BERNOULLI and (name := self.paths.draw_name()) in self.masks:
             self.used.add(name)
             return bernoulli(func, self.masks[name], *args, **kwargs)
+        if func in RECURRENT_FUNCTIONS and len(args) == 9 and isinstance(args[2], (list, tuple)):
+            return self.by_layers(func, LayersCall(*args))
         if func not in DROPOUT_FUNCTIONS:
             return func(*args, **kwargs)
         name = self.paths.site_name()
@@ -109,7 +145,35 @@ class ReplaceDropout(TorchFunctionMode):
             return multiply(x, self.masks[name], inplace, name)
         if not training or p in (0, 1) or self.left_alone(name):
             return func(*args, **kwargs)
-        raise UnrecordedSite(f"site {name!r} (p={p}) is live and has no mask; recorded: {sorted(self.masks)}")
+        raise self.unrecorded(name, p)
+
+    def by_layers(self, function: Callable[..., Any], call: LayersCall) -> tuple[Tensor, ...]:
+        """A recurrent function with the masks of the gaps between its layers; whole where it drops nothing."""
+        names = [self.paths.gap_name(gap) for gap in range(call.num_layers - 1)]
+        drops = call.train and call.dropout not in (0, 1)
+        if not any(name in self.masks for name in names):
+            unknown = [name for name in names if not self.left_alone(name)]
+            if drops and unknown:
+                raise self.unrecorded(unknown[0], call.dropout)
+            return function(*(getattr(call, field.name) for field in dataclasses.fields(call)))
+        x, last = call.input, []
+        for index, name in enumerate([*names, None]):
+            x, *state = call.layer(function, index, x)
+            last.append(state)
+            if name is not None:
+                x = self.drop_between(x, name, call.dropout if drops else 0.0)
+        return x, *(torch.cat(states) for states in zip(*last, strict=True))
+
+    def drop_between(self, x: Tensor, name: str, p: float) -> Tensor:
+        if name in self.masks:
+            self.used.add(name)
+            return multiply(x, self.masks[name], False, name)
+        if p and not self.left_alone(name):
+            raise self.unrecorded(name, p)
+        return torch.dropout(x, p, True)
+
+    def unrecorded(self, name: str, p: float) -> UnrecordedSite:
+        return UnrecordedSite(f"site {name!r} (p={p}) is live and has no mask; recorded: {sorted(self.masks)}")
 
 
 def bernoulli(func: Callable[..., Any], mask: Tensor, like: Tensor, p: float) -> Tensor:

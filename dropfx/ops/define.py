@@ -47,9 +47,11 @@ def first_derivative_only(
     torch.library.register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
 
 
-def fresh(out: Tensor) -> Tensor:
+def fresh(out: Tensor, source: Tensor) -> Tensor:
     """A registered op may not return a view of its input, and its strides are those of its fake."""
-    return out.clone(memory_format=torch.contiguous_format) if out._is_view() else out
+    # below autograd, where compilers run it, a view does not know that it is one
+    shared = out._is_view() or torch._C._is_alias_of(out, source)  # type: ignore[attr-defined]
+    return out.clone(memory_format=torch.contiguous_format) if shared else out
 
 
 def whole(out: Tensor) -> Tensor:

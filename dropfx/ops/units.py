@@ -16,7 +16,7 @@ from dropfx.ops.groups import KeptAxis, by_row, put_groups, take_groups
 
 
 def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
-    return fresh(take_groups(x, dim, KeptAxis(starts, run, leading)))
+    return fresh(take_groups(x, dim, KeptAxis(starts, run, leading)), x)
 
 
 def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:

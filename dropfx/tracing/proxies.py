@@ -90,6 +90,8 @@ class TensorProxy(Proxy):
             return getattr(value, name)
         if name == "data":
             return self.detach()
+        if name == "_is_param":  # isinstance(x, nn.Parameter) asks for it
+            return getattr(value, name, False)
         if name in ("requires_grad", "grad", "grad_fn", "is_leaf"):
             self._refuse(f"reads a tensor's .{name}")
         with self.tracer.paused():

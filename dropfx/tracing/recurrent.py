@@ -6,13 +6,14 @@ takes them apart.
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dropfx.tracing.proxies import LiveFloat, TensorProxy
+from dropfx.tracing.proxies import LiveFloat, Proxy, TensorProxy
 from dropfx.tracing.refusal import TraceRefused
 
 if TYPE_CHECKING:
@@ -22,14 +23,21 @@ RECURRENT_MODULES: dict[type[nn.Module], Any] = {nn.LSTM: torch.lstm, nn.GRU: to
 """Modules, by exact type, whose call is recorded so -> function; that of nn.RNN depends on its nonlinearity."""
 
 
-def can_record(module: Any) -> bool:
+def can_record(module: Any, original: Any) -> bool:
     """Whether a call means what the class says: all weights are parameters by their names, and dropouts are on."""
-    names = [name for layer in module._all_weights for name in layer]
-    weights = [module._parameters.get(name) for name in names]
-    same = len(weights) == len(module._flat_weights) and all(
-        w is not None and w is flat for w, flat in zip(weights, module._flat_weights, strict=True)
-    )
-    return same and module.training
+    return _weights(module, original) is not None and module.training
+
+
+def _weights(module: Any, original: Any) -> list[Any] | None:
+    """Those that the forward will use, None where one is not the parameter of its name.
+
+    The forward uses `_flat_weights`, and makes that list anew where a parameter is another than when it was made last,
+    as under torch.func.functional_call.
+    """
+    named = [module._parameters.get(name) for name in module._flat_weights_names]
+    same = len(named) == len(module._flat_weights) and all(map(operator.is_, named, module._flat_weights))
+    anew = any(isinstance(weight, Proxy) for weight in named) or original._weights_have_changed()
+    return named if (same or anew) and all(weight is not None for weight in named) else None
 
 
 def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> Any:
@@ -45,10 +53,12 @@ def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> An
         states = [form.enter(part) for part in (state if lstm else [state])]
     _check(tracer, module, form, states)
     dropout = module.dropout
-    options = (module.bias, module.num_layers, float(dropout), True, module.bidirectional)
+    rate = float(dropout) if dropout else 0.0  # without a site nothing else would see that it is switched on
+    options = (module.bias, module.num_layers, rate, True, module.bidirectional)
+    weights = [module._parameters[name] for name in module._flat_weights_names]
     made = tracer.record_recurrent(
         getattr(torch, module.mode.lower()),
-        (*form.data, tuple(states) if lstm else states[0], list(module._flat_weights), *options, *form.options),
+        (*form.data, tuple(states) if lstm else states[0], weights, *options, *form.options),
         _results(tracer, form, states, 1 + module.bidirectional),
         (path, "dropout") if isinstance(dropout, LiveFloat) else None,
     )
@@ -102,7 +112,7 @@ class _Padded(_Form):
         self.data, self.options = (self._x,), (batch_first,)
 
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
-        return self._x.new_zeros(count, self._x.size(self._axis), size)
+        return tracer.record("call_function", torch.zeros, (count, self._x.size(self._axis), size), _like(self._x))
 
     def enter(self, state: Any) -> Any:
         return state if self._batched else state.unsqueeze(1)
@@ -112,6 +122,11 @@ class _Padded(_Form):
 
     def result(self, out: Any) -> Any:
         return out if self._batched else out.squeeze(self._axis)
+
+
+def _like(x: TensorProxy) -> dict[str, Any]:
+    """Options of torch.zeros; both are in the key, where new_zeros would read x."""
+    return {"dtype": x.value.dtype, "device": x.value.device}
 
 
 class _Packed(_Form):
@@ -125,7 +140,8 @@ class _Packed(_Form):
         data, batch_sizes = self.data
         with tracer.paused(), tracer.fake_mode:
             value = data.value.new_zeros(count, data.value.size(0) // batch_sizes.value.size(0), size)
-        return tracer.record_known("call_method", "new_zeros", (data, (count, batch_sizes[0], size)), value)
+        sizes = count, batch_sizes[0], size
+        return tracer.record_known("call_function", torch.zeros, sizes, value, _like(data))
 
     def enter(self, state: Any) -> Any:
         order = self._packed.sorted_indices
@@ -144,6 +160,8 @@ def _check(tracer: Tracer, module: Any, form: _Form, states: list[Any]) -> None:
     with tracer.paused():
         x, values = form.data[0].value, [part.value for part in states]
         if form.batch_sizes is None:
+            if not x.size(1 if module.batch_first else 0):
+                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
             module.check_forward_args(x, tuple(values) if module.mode == "LSTM" else values[0], None)
         else:
             module.check_input(x, form.batch_sizes.value)

@@ -200,7 +200,7 @@ class Tracer(fx.Tracer):
         return out
 
     def _forward(self, module: Any, path: str, args: Any, kwargs: Any) -> Any:
-        if module._dropfx_class in recurrent.RECURRENT_MODULES and recurrent.can_record(module):
+        if module._dropfx_class in recurrent.RECURRENT_MODULES and recurrent.can_record(module, self._original(path)):
             return recurrent.record(self, module, path, args, kwargs)
         return module.forward(*args, **kwargs)
 
@@ -212,6 +212,8 @@ class Tracer(fx.Tracer):
         reason = self._stays_call(module, path)
         if reason is None:
             return self._inline(module, path, args, kwargs)
+        if _substituted(module):
+            self.refuse("its forward calls a module with other tensors in place of its parameters")
         self._visit(module, path)
         self._leaves[path] = reason
         self._calls[path] += 1
@@ -232,8 +234,12 @@ class Tracer(fx.Tracer):
         for base in INLINED_MODULES:
             if isinstance(module, base) and base not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
                 return f"it is a subclass of {base.__name__}"
-        if cls in recurrent.RECURRENT_MODULES and recurrent.can_record(module):
+        if cls in recurrent.RECURRENT_MODULES and recurrent.can_record(module, original):
             return None
+        for base in recurrent.RECURRENT_MODULES:
+            if isinstance(module, base) and cls is not base:
+                parametrized = parametrize.is_parametrized(original) and cls.__mro__[1] is base
+                return "its weights are parametrized" if parametrized else f"it is a subclass of {base.__name__}"
         if cls.__module__.startswith("torch.nn."):
             return None if may_drop(module) and not isinstance(module, LEAF_MODULES) else ""
         return None
@@ -317,11 +323,12 @@ class Tracer(fx.Tracer):
         node.meta["recurrent"] = {"path": path, "calls": self._calls[path], "live": live}
         return made
 
-    def record_known(self, kind: str, target: Any, args: Any, value: Any) -> Any:
+    def record_known(self, kind: str, target: Any, args: Any, value: Any, kwargs: Any = None) -> Any:
         """Append a node whose value is known."""
         if modes() != self._modes:
             self.refuse(which_mode(self._modes, modes()))
-        return self._wrap(self._node(kind, target, self.create_arg(tuple(args)), {}, value), value)
+        node = self._node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs or {})), value)
+        return self._wrap(node, value)
 
     def _node(self, kind: str, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs)
@@ -421,6 +428,12 @@ class Tracer(fx.Tracer):
             yield
         finally:
             self.tracing = before
+
+
+def _substituted(module: nn.Module) -> bool:
+    """Whether torch.func.functional_call has put values of the trace among its tensors, which a call would not see."""
+    owners = (owner for part in module.modules() for owner in (part._parameters, part._buffers))
+    return any(isinstance(value, Proxy) for owner in owners for value in owner.values())
 
 
 def _counted_by_size(node: fx.Node) -> bool:

@@ -34,7 +34,10 @@ def _call(
     args = (x, hx, *options, batch_first) if batch_sizes is None else (x, batch_sizes, hx, *options)
     with torch.set_grad_enabled(grad_mode):
         found = function(*args)
-    return [part.contiguous() for part in found]
+    out, *last = found
+    # laid out as torch's own, by steps: what reads it would round otherwise
+    out = out.transpose(0, 1).contiguous().transpose(0, 1) if batch_first else out.contiguous()
+    return [out, *(part.contiguous() for part in last)]
 
 
 def _fake(
@@ -50,7 +53,9 @@ def _fake(
     grad_mode: bool,
 ) -> list[Tensor]:
     width = states[0].size(-1) * (2 if bidirectional else 1)
-    return [x.new_empty(*x.shape[:-1], width), *(x.new_empty(state.shape) for state in states)]
+    leading = x.shape[1::-1] if batch_first else x.shape[:-1]
+    out = x.new_empty(*leading, width)
+    return [out.transpose(0, 1) if batch_first else out, *(x.new_empty(state.shape) for state in states)]
 
 
 def _backward(

@@ -148,7 +148,8 @@ def _recurrence_backward(
     mask: list[bool],
 ) -> list[Tensor]:
     saved, weights = Saved(gates, before, inner, squashed), Weights(w_hh, b_hh, w_hr)
-    steps = steps_of((before.size(0) // h0.size(0), h0.size(0)), batch_sizes, reverse)
+    batch = h0.size(0)
+    steps = steps_of((before.size(0) // batch if batch else 1, batch), batch_sizes, reverse)
     grads = _gradients(kind, (grad, grad_h, grad_c), saved, weights, steps, mask)
     return [g for g in grads if g is not None]
 

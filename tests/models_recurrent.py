@@ -1,0 +1,214 @@
+"""Recurrent models: dropout before, between the layers of, and behind nn.LSTM, nn.GRU and nn.RNN."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from tests.case import Draw, Inputs, case, tokens
+
+LSTM = functools.partial(nn.LSTM, 64, 64, 2, dropout=0.5)
+ALL = ("drop1", "rnn.dropout[0]", "drop2")
+
+
+def steps(*states: int, length: int = 5) -> Inputs:
+    """A sequence [length, batch, 64] and, where their first sizes are given, initial states [size, batch, 64]."""
+
+    def made(batch: int, draw: Draw) -> tuple[Any, ...]:
+        x = draw(length, batch, 64)
+        given = tuple(draw(size, batch, 64) for size in states)
+        return (x, given if len(given) > 1 else given[0]) if given else (x,)
+
+    return made
+
+
+@case("lstm", tokens(), rewritten=("drop1", "drop2"))
+class RecurrentLM(nn.Module):
+    """Embedding, Dropout, the layers, Dropout, a vocabulary decoder."""
+
+    def __init__(self, layer: Callable[..., nn.Module] = nn.LSTM, dropout: float = 0.0, tied: bool = False) -> None:
+        super().__init__()
+        self.emb, self.drop1 = nn.Embedding(50, 64), nn.Dropout(0.5)
+        self.rnn = layer(64, 64, num_layers=2, dropout=dropout, batch_first=True)
+        self.drop2, self.decoder = nn.Dropout(0.5), nn.Linear(64, 50)
+        if tied:
+            self.decoder.weight = self.emb.weight
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Any]:
+        h, state = self.rnn(self.drop1(self.emb(ids)))
+        return self.decoder(self.drop2(h)), state
+
+
+case("gru", tokens(), rewritten=("drop1", "drop2"))(lambda: RecurrentLM(nn.GRU))
+case("lstm_dropout", tokens(), rewritten=ALL)(lambda: RecurrentLM(dropout=0.5))
+case("lstm_tied", tokens(), rewritten=ALL)(lambda: RecurrentLM(dropout=0.5, tied=True))
+
+
+class Around(nn.Module):
+    """Dropout before and behind a recurrent module, whose states are given and returned where the caller gives them."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        width = (rnn.proj_size or rnn.hidden_size) * (2 if rnn.bidirectional else 1)
+        self.drop1, self.rnn, self.drop2, self.head = nn.Dropout(0.25), rnn, nn.Dropout(0.5), nn.Linear(width, 16)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        h, last = self.rnn(self.drop1(x), state)
+        y = self.head(self.drop2(h))
+        return y if state is None else (y, last)
+
+
+def around(name: str, rnn: Callable[[], nn.RNNBase], inputs: Inputs | None = None, **given: Any) -> None:
+    case(name, inputs or steps(), **{"rewritten": ALL, **given})(lambda: Around(rnn()))
+
+
+GRU, RNN = functools.partial(nn.GRU, 64, 64, 2, dropout=0.5), functools.partial(nn.RNN, 64, 64, 2, dropout=0.5)
+around("lstm_states", LSTM, steps(2, 2))
+around("lstm_bidirectional", lambda: LSTM(bidirectional=True), steps(4, 4))
+around("lstm_no_bias", lambda: LSTM(bias=False))
+around("lstm_projected", lambda: LSTM(proj_size=32, bidirectional=True))
+around("gru_dropout", GRU, steps(2))
+around("gru_bidirectional", lambda: GRU(bidirectional=True, bias=False))
+around("rnn_tanh", RNN, steps(2))
+around("rnn_relu", lambda: RNN(nonlinearity="relu", bidirectional=True))
+around("lstm_three_layers", lambda: nn.LSTM(64, 64, 3, dropout=0.5), rewritten=(*ALL, "rnn.dropout[1]"))
+around("lstm_unbatched", LSTM, lambda batch, draw: (draw(5, 64),))
+
+
+@case("lstm_last_state", steps(), rewritten=("rnn.dropout[0]", "drop"))
+class LastState(nn.Module):
+    """The output is not read; the state of the last step is, as classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.drop, self.head = LSTM(), nn.Dropout(0.5), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (h, _) = self.rnn(x)
+        return self.head(self.drop(h[-1]))
+
+
+@case("lstm_separate", steps(), rewritten=("drop", "drop#2"))
+class Separate(nn.Module):
+    """Layers as modules of their own, with one dropout module between and behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(64, 96), nn.LSTM(96, 48)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(48, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, _ = self.first(x)
+        h, (_, c) = self.second(self.drop(h))
+        return self.head(self.drop(h)), c
+
+
+@case("lstm_twice", steps(), rewritten=("rnn.dropout[0]", "rnn.dropout[0]#2"))
+class Twice(nn.Module):
+    """One module called twice, the second time from the state that the first one left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = LSTM()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, state = self.rnn(x)
+        return h, self.rnn(h.flip(0), state)[0]
+
+
+@case("lstm_cannot_be_traced", steps(), rewritten=("rnn.dropout[0]",), parts=("rnn",))
+class Branches(nn.Module):
+    """Branches on data: the recurrent module is compiled on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = LSTM(), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x if float(x.detach().sum()) > 0 else -x)[0])
+
+
+case("lstm_alone", steps(), rewritten=("dropout[0]",))(LSTM)
+
+
+@case("lstm_with_hooks", steps(), rewritten=ALL[1:], optional=ALL[:1], parts=("", "rnn"))
+def with_hooks() -> nn.Module:
+    model = Around(LSTM())
+    model.rnn.register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))
+    return model
+
+
+@case("lstm_parametrized", steps(), rewritten=("drop2",), left=("rnn.dropout[0]",), optional=("drop1",))
+def parametrized() -> nn.Module:
+    model = Around(LSTM())
+    parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    return model
+
+
+class Noisy(nn.LSTM):
+    """A class of the user's own, whatever its forward does."""
+
+    def forward(self, *args: Any) -> Any:
+        out, state = super().forward(*args)
+        return torch.tanh(out), state
+
+
+around(
+    "lstm_subclass",
+    lambda: Noisy(64, 64, 2, dropout=0.5),
+    rewritten=("drop2",),
+    left=("rnn.dropout[0]",),
+    optional=("drop1",),
+)
+
+
+class WeightDrop(nn.Module):
+    """As in awd-lstm-lm: the recurrent weight is dropped and put in its place before each call."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...] = ("weight_hh_l0",), p: float = 0.5) -> None:
+        super().__init__()
+        self.module, self.names, self.p = module, names, p
+        for name in names:
+            weight = module._parameters.pop(name)
+            module.register_parameter(f"{name}_raw", weight)
+        module.flatten_parameters = self.leave_flat  # type: ignore[assignment]
+
+    @staticmethod
+    def leave_flat() -> None:
+        """The dropped weight is no parameter, which cuDNN's flat buffer could hold."""
+
+    def forward(self, *args: Any) -> Any:
+        for name in self.names:
+            raw = getattr(self.module, f"{name}_raw")
+            setattr(self.module, name, F.dropout(raw, p=self.p, training=self.training))
+        return self.module.forward(*args)
+
+
+class WeightDropOutside(nn.Module):
+    """As in fastai: the wrapper keeps the raw weight, the module a plain tensor."""
+
+    def __init__(self, module: nn.Module, name: str = "weight_hh_l0", p: float = 0.5) -> None:
+        super().__init__()
+        self.module, self.name, self.p = module, name, p
+        self.raw = nn.Parameter(getattr(module, name).data)
+        delattr(module, name)
+
+    def forward(self, *args: Any) -> Any:
+        setattr(self.module, self.name, F.dropout(self.raw, p=self.p, training=self.training))
+        return self.module(*args)
+
+
+def weight_dropped(wrap: type[nn.Module]) -> nn.Module:
+    model = RecurrentLM()
+    model.rnn = wrap(model.rnn)
+    return model
+
+
+_AROUND = {"rewritten": ("drop1", "drop2"), "left": ("rnn:dropout_1",)}
+case("weight_drop", tokens(), **_AROUND)(lambda: weight_dropped(WeightDrop))
+case("weight_drop_outside", tokens(), **_AROUND)(lambda: weight_dropped(WeightDropOutside))
