@@ -92,10 +92,11 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
 
 def _one_dnn(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node]) -> list[fx.Node]:
     """Output and last states by an op of ours around oneDNN's, for compilers."""
-    _, _, h0, c0, w_hh, *_, reverse = node.args
+    _, pre, h0, c0, w_hh, *_, reverse = node.args
     graph = node.graph
     if not biases:
-        biases = [graph.call_method("new_zeros", (w_hh, (value_of(w_hh).size(0),)))] * 2  # type: ignore[union-attr]
+        gates = cast(torch.Tensor, value_of(pre)).size(-1)
+        biases = [graph.call_method("new_zeros", (w_hh, (gates,)))] * 2
     made = graph.call_function(ops.lstm_layer_op, (x, weight, w_hh, *biases, h0, c0, reverse))
     return [graph.call_function(operator.getitem, (made, number)) for number in range(3)]
 

@@ -77,19 +77,23 @@ def test_fires(product: Product, reverse: bool) -> None:
     torch.testing.assert_close(module(*values), expected)
 
 
-def test_transposed_product() -> None:
-    """As batch_first gives it: the input is transposed instead."""
-
-    def product(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
-        turned = graph.call_method("transpose", (n["x"], 0, 1))
-        linear = graph.call_function(F.linear, (turned, n["w_ih"]))
-        return graph.call_method("transpose", (linear, 0, 1))
-
-    module, values = by_hand(product)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("product", [dense, no_bias, gathered])
+def test_graphs_of_further_compilers_get_an_op(product: Product, reverse: bool) -> None:
+    module, values = by_hand(product, reverse=reverse)
     expected = module(*values)
-    assert run(module)
+    assert run(module, eager=False)
+    module.graph.eliminate_dead_code()
+    targets = {node.target for node in module.graph.nodes}
+    assert ops.lstm_layer_op in targets
+    assert not {ops.recurrence_op, torch.lstm, F.linear, ops.linear_op} & targets
     module.recompile()
     torch.testing.assert_close(module(*values), expected)
+
+
+def transposed(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
+    """The gates of batch-first inputs whose groups lie along the batch."""
+    return graph.call_method("transpose", (no_bias(n, graph), 0, 1))
 
 
 def scaled(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
@@ -108,7 +112,7 @@ def tiled(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
     return graph.call_function(ops.tiled_linear_op, (n["x"], n["w_ih"], None, 4, 4, n["starts"], 1.0))
 
 
-@pytest.mark.parametrize("product", [scaled, rows_gathered, sum_of_products, tiled])
+@pytest.mark.parametrize("product", [scaled, rows_gathered, sum_of_products, tiled, transposed])
 def test_other_products_are_left(product: Product) -> None:
     assert not run(by_hand(product)[0])
 
@@ -125,10 +129,6 @@ def test_product_with_another_reader_is_left() -> None:
 @pytest.mark.parametrize("given", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"kind": "rnn_tanh"}], ids=str)
 def test_what_onednn_has_not(given: dict[str, Any]) -> None:
     assert not run(by_hand(no_bias, **given)[0])
-
-
-def test_graphs_of_further_compilers_are_left() -> None:
-    assert not run(by_hand(dense)[0], eager=False)
 
 
 def test_packed_rows_in_reverse_are_left() -> None:
