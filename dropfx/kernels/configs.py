@@ -37,15 +37,15 @@ class Config(NamedTuple):
         }
 
 
-LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(64, 64, 16, 4, 3)}
+LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(128, 64, 16, 8, 2)}
 """Item size in bytes -> tile of a product that fills the device many times over."""
 
-SMALL: dict[int, Config] = {2: Config(64, 64, 64, 4, 3), 4: Config(64, 64, 16, 4, 3)}
+SMALL: dict[int, Config] = {2: Config(64, 64, 64, 4, 3), 4: Config(64, 64, 16, 8, 2)}
 """The same for products of few tiles, which need more programs rather than larger ones."""
 
 OTHERS: dict[int, tuple[Config, ...]] = {
     2: (Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4)),
-    4: (Config(128, 64, 16, 4, 3), Config(64, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
+    4: (Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2)),
 }
 """What tuning tries besides."""
 
