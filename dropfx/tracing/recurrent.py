@@ -19,8 +19,8 @@ from dropfx.tracing.refusal import TraceRefused
 if TYPE_CHECKING:
     from dropfx.tracing.tracer import Tracer
 
-RECURRENT_MODULES: dict[type[nn.Module], Any] = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: None}
-"""Modules, by exact type, whose call is recorded so -> function; that of nn.RNN depends on its nonlinearity."""
+RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
+"""Modules, by exact type, whose call is recorded so."""
 
 
 def can_record(module: Any, original: Any) -> bool:

@@ -1,8 +1,8 @@
 """The product of a recurrence: small on one side, the same weight at every step.
 
 A plain product of few rows spends more time on laying out the weight than on arithmetic, and does so at every step:
-9 ms for [20, 1500] @ [1500, 6000] on two cores, where the arithmetic takes 2.6 at the rate of a large product. In oneDNN's
-blocked layout it takes 4.4 as a Linear and 3.4 as a convolution; the layout costs about as much as two steps, once.
+9 ms for [20, 1500] @ [1500, 6000] on two cores, where the arithmetic takes 2.6 at the rate of a large product. In
+oneDNN's blocked layout it takes 4.4 as a Linear and 3.4 as a convolution; the layout costs about two steps, once.
 """
 
 from __future__ import annotations
