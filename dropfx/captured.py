@@ -97,9 +97,12 @@ class Naming:
 
 
 def rewrite(
-    module: fx.GraphModule, options: Options, naming: Naming, passes: Sequence[Pass] = PIPELINE
+    module: fx.GraphModule, options: Options, naming: Naming, passes: Sequence[Pass] | None = None
 ) -> tuple[fx.GraphModule, list[Part]]:
     """A rewritten copy, whose further inputs are those of its parts in their order; no parts where nothing fits.
+
+    Args:
+        passes: in place of PIPELINE.
 
     Raises:
         PassError: a pass failed.
@@ -110,7 +113,7 @@ def rewrite(
     _prepare(module.graph, graph, naming, options.groups == "time")
     _spell_out_sizes(module.graph, graph)
     context = _context(graph, options)
-    graph = run_passes(module, graph, passes, context)
+    graph = run_passes(module, graph, PIPELINE if passes is None else passes, context)
     parts = []
     if context.draws:
         _lengths_as_tensors(graph, len(results_of(module.graph)), context)
@@ -119,7 +122,7 @@ def rewrite(
     whole = fx.GraphModule(module, graph)
     for node, body in _checkpoints(module, graph):
         made, inner = rewrite(body, options, naming, passes)
-        if inner or passes is not PIPELINE:
+        if inner or naming.recurrent or passes is not None:
             made.meta.update(body.meta)  # the policy of a selective checkpoint
             setattr(whole, str(cast(fx.Node, node.args[0]).target), made)
             _pass_on(graph, node, inner, naming)

@@ -166,7 +166,7 @@ def test_input_without_leading_axis_runs_as_written() -> None:
     assert [(s.rewritten, "leading axis" in s.reason) for s in report.sites] == [(False, True)]
 
 
-@pytest.mark.parametrize("groups", [0, -1, 1.5, "time", True, None])
+@pytest.mark.parametrize("groups", [0, -1, 1.5, "times", True, None])
 def test_bad_groups(groups: object) -> None:
     with pytest.raises(dropfx.InvalidOption, match="groups"):
         dropfx.compile(mlp(64, 128, 8), groups=groups)
