@@ -264,3 +264,13 @@ def test_environment(given: str | None, expected: str) -> None:
         [sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False
     )
     assert made.stdout.strip() == expected, made.stderr
+
+
+def test_without_fullgraph_nothing_falls_back_to_eager() -> None:
+    """An op whose sizes a compiler refuses would be a graph break, which only fullgraph makes an error."""
+    torch.manual_seed(0)
+    layers, x = torch.nn.LSTM(64, 64, 2, dropout=0.5), torch.randn(5, 3, 64)
+    compiled = torch.compile(layers, backend="dropfx", options={"inner": "aot_eager", "min_speedup": 0})
+    with dropfx.testing.record() as masks:
+        compiled(x)[0].sum().backward()
+    assert [list(drawn) for drawn in masks] == [["dropout[0]"]]
