@@ -7,6 +7,7 @@ takes them apart.
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,7 @@ def _arguments(input: Any, hx: Any = None) -> tuple[Any, Any]:
     return input, hx
 
 
-class _Form:
+class _Form(ABC):
     """How the input comes: what the function is given of it, and what its results and states are turned into.
 
     Attributes:
@@ -84,9 +85,9 @@ class _Form:
     options: tuple[Any, ...] = ()
     batch_sizes: Any = None
 
+    @abstractmethod
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
         """The first state, where none is given."""
-        raise NotImplementedError
 
     def enter(self, state: Any) -> Any:
         """A given state, as the function takes it."""

@@ -41,17 +41,9 @@ def _call(
 
 
 def _fake(
-    kind: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: list[Tensor],
-    weights: list[Tensor],
-    biases: bool,
-    layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    grad_mode: bool,
+    kind: str, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor], weights: list[Tensor], *options: bool
 ) -> list[Tensor]:
+    _, _, bidirectional, batch_first, _ = options
     width = states[0].size(-1) * (2 if bidirectional else 1)
     leading = x.shape[1::-1] if batch_first else x.shape[:-1]
     out = x.new_empty(*leading, width)
@@ -91,19 +83,8 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _backward_fake(
-    grads: list[Tensor],
-    kind: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: list[Tensor],
-    weights: list[Tensor],
-    biases: bool,
-    layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    grad_mode: bool,
-) -> list[Tensor]:
+def _backward_fake(grads: list[Tensor], kind: str, x: Tensor, batch_sizes: Tensor | None, *rest: Any) -> list[Tensor]:
+    states, weights, *_ = rest
     return [t.new_empty(t.shape) for t in (x, *states, *weights)]
 
 

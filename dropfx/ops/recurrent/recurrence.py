@@ -112,17 +112,7 @@ def _recurrence(
     return out.view(*pre.shape[:-1], out.size(1)), h, c, *saved
 
 
-def _recurrence_fake(
-    kind: str,
-    pre: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-) -> _Outputs:
+def _recurrence_fake(kind: str, pre: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any) -> _Outputs:
     flat = pre.new_empty(pre.shape[:-1].numel(), pre.size(-1))
     out = pre.new_empty(*pre.shape[:-1], h0.size(1))
     c = pre.new_empty(0 if c0 is None else c0.shape)
@@ -154,24 +144,8 @@ def _recurrence_backward(
     return [g for g in grads if g is not None]
 
 
-def _recurrence_backward_fake(
-    kind: str,
-    grad: Tensor | None,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    gates: Tensor,
-    before: Tensor,
-    inner: Tensor,
-    squashed: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    reverse: bool,
-    mask: list[bool],
-) -> list[Tensor]:
+def _recurrence_backward_fake(kind: str, *args: Any) -> list[Tensor]:
+    _, _, _, _, before, _, _, h0, c0, w_hh, b_hh, w_hr, _, _, mask = args
     shapes = [(before.size(0), w_hh.size(0)), h0.shape, c0, w_hh, b_hh, w_hr]
     return [
         before.new_empty(s if isinstance(s, tuple) else s.shape, dtype=before.dtype if place < 3 else w_hh.dtype)
