@@ -18,68 +18,25 @@ from typing import Any, NoReturn
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.overrides import is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from dropfx.graphs import argument, op_name
-from dropfx.packed import FAKES, opened
+from dropfx.graphs import op_name
+from dropfx.packed import opened
 from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS, DROPOUT_MODULES, INLINED_MODULES, LEAF_MODULES, may_drop
-from dropfx.sizes import is_fixed
 from dropfx.tracing import recurrent
+from dropfx.tracing.evaluate import counted_by_size, evaluate
 from dropfx.tracing.proxies import LiveFloat, Proxy, ScalarProxy, TensorProxy, python_isinstance
 from dropfx.tracing.refusal import TraceRefused, why
-from dropfx.tracing.skeleton import Builder, Opaque, Recorder, run
+from dropfx.tracing.skeleton import Builder, Opaque, Recorder
 from dropfx.tracing.surroundings import surroundings
+from dropfx.tracing.trace import UNKNOWN, Guard, Trace
 from dropfx.tracing.watch import contents, modes, random_state, restore_random, which_mode
 
-_UNKNOWABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, str, type(None), torch.dtype, torch.device)
-
-
-class Unknown:
-    """The value of what cannot be known before it runs."""
-
-
-UNKNOWN = Unknown()
-
-
-@dataclasses.dataclass(frozen=True)
-class Guard:
-    """A plain attribute that the trace read: the trace holds while check(value) == expected."""
-
-    path: str
-    name: str
-    expected: Any
-    check: Callable[[Any], Any] | None = None
-
-
-@dataclasses.dataclass
-class Trace:
-    """A recorded forward.
-
-    Attributes:
-        graph: one placeholder a tensor leaf of the inputs; returns the tuple of the output's leaves.
-        out_spec: pytree structure of the output.
-        guards: what was read of the modules.
-        visited: path -> (class, has hooks or an own forward) of every module met.
-        leaves: path -> reason of the modules that stay calls.
-        exact_shapes: the trace used sizes as numbers.
-    """
-
-    graph: fx.Graph
-    out_spec: pytree.TreeSpec
-    guards: list[Guard]
-    visited: dict[str, tuple[type, bool]]
-    leaves: dict[str, str]
-    exact_shapes: bool
 
 
 def hooked(module: nn.Module) -> bool:
@@ -305,7 +262,7 @@ class Tracer(fx.Tracer):
         if site is not None and site["live"] is not None:  # this use does not freeze the rate
             args, kwargs = pytree.tree_map(lambda a: float(a) if isinstance(a, LiveFloat) else a, (args, kwargs))
         fx_args, fx_kwargs = self.create_arg(tuple(args)), self.create_arg(dict(kwargs))
-        value = self._evaluate(kind, target, fx_args, fx_kwargs)
+        value = evaluate(self, kind, target, fx_args, fx_kwargs)
         node = self._node(kind, target, fx_args, fx_kwargs, value)
         if site is not None:
             node.meta["site"] = site
@@ -344,7 +301,7 @@ class Tracer(fx.Tracer):
         if value is None:
             return None
         if isinstance(value, (tuple, list)):
-            self.exact_shapes |= _counted_by_size(node)
+            self.exact_shapes |= counted_by_size(node)
             parts = [
                 self._wrap(self._node("call_function", operator.getitem, (node, i), {}, v), v)
                 for i, v in enumerate(value)
@@ -386,33 +343,6 @@ class Tracer(fx.Tracer):
         except NotImplementedError:
             self.refuse(f"its forward passes a {type(a).__name__} to an operation")
 
-    # -- values --------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        """The fake value of a node, on the skeleton; UNKNOWN where only running it would tell."""
-        nodes: list[fx.Node] = []
-        fx.node.map_arg((args, kwargs), lambda n: nodes.append(n) or n)  # type: ignore[func-returns-value]
-        if any(n.meta["val"] is UNKNOWN for n in nodes) or isinstance(target, type):
-            return UNKNOWN
-        real_args, real_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        state = random_state()
-        with self.paused(), self.fake_mode:
-            try:
-                if kind == "call_method":
-                    return getattr(real_args[0], target)(*real_args[1:], **real_kwargs)
-                if kind == "call_module":
-                    module: Any = self.skeleton.get_submodule(target)
-                    return UNKNOWN if module._dropfx_class is Opaque else run(module, real_args, real_kwargs)
-                return FAKES.get(target, target)(*real_args, **real_kwargs)
-            except _UNKNOWABLE:
-                return UNKNOWN
-            except Exception:
-                if kind == "call_module":
-                    return UNKNOWN
-                raise
-            finally:
-                restore_random(state)
-
     @contextmanager
     def _recording(self) -> Iterator[None]:
         self.tracing = True
@@ -434,18 +364,6 @@ def _substituted(module: nn.Module) -> bool:
     """Whether torch.func.functional_call has put values of the trace among its tensors, which a call would not see."""
     owners = (owner for part in module.modules() for owner in (part._parameters, part._buffers))
     return any(isinstance(value, Proxy) for owner in owners for value in owner.values())
-
-
-def _counted_by_size(node: fx.Node) -> bool:
-    """Whether a size that may vary decides how many tensors there are: the trace holds for this count alone."""
-    name = op_name(node)
-    if name not in ("chunk", "split", "unbind", "unsafe_chunk", "unsafe_split"):
-        return False
-    pieces = None if name == "unbind" else argument(node, 1, "chunks" if "chunk" in name else "split_size")
-    if isinstance(pieces, (tuple, list)) or ("chunk" in name and pieces in (1, 2)):
-        return False
-    dim = argument(node, 1 if name == "unbind" else 2, "dim", 0)
-    return not (isinstance(node.args[0], fx.Node) and isinstance(dim, int) and is_fixed(node.args[0], dim))
 
 
 def _plain(value: Any) -> bool:
