@@ -1,8 +1,8 @@
 """recurrence(linear(x', W_ih[:, cols]), h, c, W_hh) -> lstm(x', (h, c), (W_ih[:, cols], W_hh, ...))
 
 Where PyTorch has a recurrence in one piece, cuDNN's or oneDNN's, it is faster than steps of ours, on compact inputs
-too. It takes a whole layer, the product of the inputs included. Compilers get cuDNN's as an op of ours, since PyTorch
-2.13 breaks on what AOTAutograd would make of it, and on a CPU our own steps.
+too. It takes a whole layer, the product of the inputs included. Compilers get it as an op of ours, since PyTorch 2.13
+breaks on what AOTAutograd would make of it.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
 def _in_one_piece(node: fx.Node, context: Context) -> bool:
     kind, pre, *_, w_hr, batch_sizes, reverse = node.args
     value = value_of(pre)
-    if value is None or (reverse and batch_sizes is not None):  # no function visits packed rows backwards alone
+    packed = batch_sizes is not None
+    if value is None or (reverse and packed):  # no function visits packed rows backwards alone
         return False
     if value.device.type == "cuda":
         return bool(torch.backends.cudnn.is_available())
-    # compilers would need the size of what oneDNN keeps for backward, which only running it tells
-    one_dnn = context.eager and value.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    # for compilers there is an op of one layer of padded rows
+    one_dnn = value.device.type == "cpu" and torch.backends.mkldnn.is_available() and (context.eager or not packed)
     return one_dnn and kind == "lstm" and w_hr is None and value.dtype is torch.float32
 
 
@@ -73,18 +74,40 @@ def _inputs(node: fx.Node) -> _Inputs | None:
 
 def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
     graph, reverse = node.graph, node.args[-1]
+    device = cast(torch.Tensor, value_of(node.args[1])).device
     with graph.inserting_before(node):
         weight = inputs.weight
         if inputs.cols is not None:
             weight = graph.call_function(ops.take_op, (weight, *inputs.cols, 1, 0))
         biases = _biases(graph, inputs.bias, node.args[5])
-        x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
-        results = _function(node, x, weight, biases, context)
-        results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
+        if device.type == "cpu" and not context.eager:
+            results = _one_dnn(node, inputs.x, weight, biases)
+        else:
+            x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
+            results = _function(node, x, weight, biases, context)
+            results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
     for user in list(node.users):
         user.replace_all_uses_with(results[cast(int, user.args[1])])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _one_dnn(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node]) -> list[fx.Node]:
+    """Output and last states by an op of ours around oneDNN's, for compilers."""
+    _, pre, h0, c0, w_hh, *_, reverse = node.args
+    graph = node.graph
+    if not biases:
+        gates = cast(torch.Tensor, value_of(pre)).size(-1)
+        biases = [graph.call_method("new_zeros", (w_hh, (gates,)))] * 2
+    made = graph.call_function(ops.lstm_layer_op, (x, weight, w_hh, *biases, h0, c0, reverse, _kept_size(x, w_hh)))
+    return [graph.call_function(operator.getitem, (made, number)) for number in range(3)]
+
+
+def _kept_size(x: fx.Node, w_hh: Any) -> int | None:
+    """None where sizes vary. Of inputs that were made compact it is at most that of the whole ones."""
+    rows, weight = value_of(x), value_of(w_hh)
+    sizes = [] if rows is None or weight is None else [*rows.shape, weight.size(1)]
+    return ops.kept_size(*sizes) if sizes and all(type(size) is int for size in sizes) else None
 
 
 def _function(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node], context: Context) -> list[fx.Node]:

@@ -5,6 +5,7 @@ from dropfx.ops.embedding import embedding_op
 from dropfx.ops.linear import kept_weight_op, linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
+from dropfx.ops.recurrent.one_dnn import kept_size, lstm_layer_op
 from dropfx.ops.recurrent.recurrence import recurrence_op
 from dropfx.ops.residual import residual_add_op
 from dropfx.ops.tiles import tiled_linear_op
@@ -14,8 +15,10 @@ __all__ = [
     "EAGER",
     "embedding_op",
     "in_one_buffer",
+    "kept_size",
     "kept_weight_op",
     "linear_op",
+    "lstm_layer_op",
     "put_op",
     "recurrence_op",
     "recurrent_as_written_op",

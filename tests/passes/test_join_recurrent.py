@@ -77,9 +77,18 @@ def test_fires(product: Product, reverse: bool) -> None:
     torch.testing.assert_close(module(*values), expected)
 
 
-def test_graphs_of_further_compilers_are_left() -> None:
-    """On a CPU: they would need the size of what oneDNN keeps."""
-    assert not run(by_hand(dense)[0], eager=False)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("product", [dense, no_bias, gathered])
+def test_graphs_of_further_compilers_get_an_op(product: Product, reverse: bool) -> None:
+    module, values = by_hand(product, reverse=reverse)
+    expected = module(*values)
+    assert run(module, eager=False)
+    module.graph.eliminate_dead_code()
+    targets = {node.target for node in module.graph.nodes}
+    assert ops.lstm_layer_op in targets
+    assert not {ops.recurrence_op, torch.lstm, F.linear, ops.linear_op} & targets
+    module.recompile()
+    torch.testing.assert_close(module(*values), expected)
 
 
 def transposed(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
