@@ -2,6 +2,7 @@
 
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
+from dropfx.ops.kept_linear import kept_linear
 from dropfx.ops.linear import kept_weight_op, linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
@@ -15,6 +16,7 @@ __all__ = [
     "EAGER",
     "embedding_op",
     "in_one_buffer",
+    "kept_linear",
     "kept_size",
     "kept_weight_op",
     "linear_op",

@@ -6,7 +6,7 @@ CPU; the eager front end therefore calls the same functions through a `torch.aut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,15 +64,11 @@ def whole(out: Tensor) -> Tensor:
 
 
 _library = torch.library.Library("dropfx", "FRAGMENT")  # kept: dropping it would unregister the kernels
+_OPERANDS = (0, 1, 2)  # input, weight, bias or None
 
 
-def _product(args: Sequence[Any]) -> tuple[int, ...]:
-    """Input, weight, bias or None."""
-    return 0, 1, 2
-
-
-def autocast(name: str, operands: Callable[[Sequence[Any]], tuple[int, ...]] = _product) -> None:
-    """Let autocast cast arguments of `dropfx::name`, tensors or None; operands: arguments -> the places of these."""
+def autocast(name: str) -> None:
+    """Let autocast cast the input, weight and bias of `dropfx::name`, its first three arguments."""
     op = getattr(torch.ops.dropfx, name).default
 
     # torch.library.register_autocast fixes the dtype at registration; a user's autocast may name another
@@ -80,9 +76,9 @@ def autocast(name: str, operands: Callable[[Sequence[Any]], tuple[int, ...]] = _
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
         def kernel(*args: Any) -> Any:
-            dtype, cast = torch.get_autocast_dtype(device), operands(args)
+            dtype = torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*(a.to(dtype) if i in cast and a is not None else a for i, a in enumerate(args)))
+                return op(*(a.to(dtype) if i in _OPERANDS and a is not None else a for i, a in enumerate(args)))
 
         return kernel
 

@@ -12,7 +12,7 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -120,16 +120,12 @@ def _gradients(
     bias: bool,
     parts: list[_Part],
     scale: float,
-    compact: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX where `weight` is given, dW where `x` is, db where `bias`; compact: the kept weight of the only part."""
+    """dX where `weight` is given, dW where `x` is, db where `bias`."""
     dy = grad.reshape(-1, grad.size(-1))
     dx = dw = db = None
     if weight is not None:
-        found = [
-            _input_gradient(dy[low:high], kept.take(weight) if compact is None else compact, scale)
-            for low, high, kept in parts
-        ]
+        found = [_input_gradient(dy[low:high], kept.take(weight), scale) for low, high, kept in parts]
         dx = found[0] if len(found) == 1 else torch.cat(found)
         dx = dx.view(*grad.shape[:-1], dx.size(1))
     if x is not None:
@@ -154,13 +150,11 @@ def _linear(
     scale: float,
     row_leading: int = 0,
     col_leading: int = 0,
-    compact: Tensor | None = None,
 ) -> Tensor:
-    """compact: W[rows][:, cols] where it was gathered before, without groups; W's own values are not read then."""
     parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
     if len(parts) == 1:
         kept = parts[0].kept
-        return _forward(x, kept.take(weight) if compact is None else compact, bias, kept, scale)
+        return _forward(x, kept.take(weight), bias, kept, scale)
     return _product(x, weight, bias, parts, scale)
 
 
@@ -175,7 +169,6 @@ def _linear_fake(
     scale: float,
     row_leading: int = 0,
     col_leading: int = 0,
-    compact: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.size(-1) * row_run])
 
@@ -192,11 +185,10 @@ def _linear_backward(
     mask: list[bool],
     row_leading: int = 0,
     col_leading: int = 0,
-    compact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
     asked = x if mask[1] else None, weight if mask[0] else None, mask[2]
-    dx, dw, db = _gradients(grad, *asked, parts, scale, compact)
+    dx, dw, db = _gradients(grad, *asked, parts, scale)
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
         weight.new_empty(0) if dw is None else dw,
@@ -216,7 +208,6 @@ def _linear_backward_fake(
     mask: list[bool],
     row_leading: int = 0,
     col_leading: int = 0,
-    compact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if mask[0] else 0),
@@ -235,33 +226,26 @@ first_derivative_only(linear_backward_op)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """The twin by kernels takes no `compact`."""
-    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, row_leading, col_leading, *compact = inputs
+    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, row_leading, col_leading = inputs
     ctx.leading = row_leading, col_leading
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    ctx.save_for_backward(x, weight, rows, cols, *compact)
+    ctx.save_for_backward(x, weight, rows, cols)
 
 
 def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows, cols, *compact = ctx.saved_tensors
+        x, weight, rows, cols = ctx.saved_tensors
         runs = rows, ctx.row_run, cols, ctx.col_run
-        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading, *compact)
-        none = [None] * (7 + len(compact))
-        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *none
+        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
+        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
 
     return backward
 
 
-def _cast(args: Sequence[Any]) -> tuple[int, ...]:
-    """A weight that was gathered before is cast in its place, after the gather; the whole one is not read then."""
-    return (0, 2, 10) if args[10:] and args[10] is not None else (0, 1, 2)
-
-
 torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_context=_save)
-autocast("linear", _cast)
+autocast("linear")
 
 
 def _kept_weight(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor | None, col_run: int) -> Tensor:
@@ -279,7 +263,7 @@ def _kept_weight_fake(weight: Tensor, rows: Tensor | None, row_run: int, cols: T
 
 
 kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
-"""W[rows][:, cols] without a gradient: `linear` takes it as `compact`, and makes the weight's gradient itself."""
+"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient."""
 
 
 class _Linear(torch.autograd.Function):

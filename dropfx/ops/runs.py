@@ -40,12 +40,16 @@ class Runs(NamedTuple):
         """Indices of the kept blocks, where the runs tile the axis."""
         return self.starts if self.run == 1 else self.starts // self.run
 
-    def units(self, units: int) -> Tensor:
-        """Kept positions [width]."""
+    def unwrapped(self) -> Tensor:
+        """Kept positions [width]; those of a run that goes past the end of the axis, past it."""
         if self.run == 1:
             return self.starts
-        positions = (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).view(-1)
-        return positions if self.tile(units) else positions % units
+        return (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).view(-1)
+
+    def units(self, units: int) -> Tensor:
+        """Kept positions [width]."""
+        positions = self.unwrapped()
+        return positions if self.run == 1 or self.tile(units) else positions % units
 
 
 def runs(starts: Tensor | None, run: int) -> Runs | None:

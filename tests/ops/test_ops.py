@@ -80,9 +80,7 @@ def test_linear_with_a_weight_gathered_before(pattern: Pattern, sides: str, tran
     args, expected = linear_case(pattern, sides, 0, transposed)
     taken = args[1].detach(), *args[3:7]
     opcheck(ops.kept_weight_op, taken)
-    compact = ops.kept_weight_op(*taken)
-    opcheck(ops.linear_op, (*args, 0, 0, compact))
-    got = ops.linear_op(*args, 0, 0, compact)
+    got = ops.kept_linear(*args[:2], ops.kept_weight_op(*taken), *args[2:])
     torch.testing.assert_close(got, expected)
     ours, theirs = (torch.autograd.grad(y.sin().sum(), args[:3]) for y in (got, expected))
     torch.testing.assert_close(ours, theirs)
@@ -111,8 +109,9 @@ def test_autocast_casts_the_gathered_weight_and_not_the_whole(sides: str) -> Non
         given = [t.detach().float().requires_grad_() for t in (x, w, b)]
         with casts, torch.autocast("cpu", torch.bfloat16):
             if which == "registered":
-                rest = [*rest, 0, 0, ops.kept_weight_op(given[1].detach(), *rest[:4])]
-            y = face(ops.linear_op, which)(*given, *rest)
+                y = ops.kept_linear(*given[:2], ops.kept_weight_op(given[1].detach(), *rest[:4]), given[2], *rest)
+            else:
+                y = face(ops.linear_op, which)(*given, *rest)
         assert y.dtype == torch.bfloat16
         found.append([y, *torch.autograd.grad(y.sum(), given)])
     for ours, theirs in zip(*found, strict=True):

@@ -17,11 +17,10 @@ from dropfx.passes.plan_regions import Form
 INPUTS = (torch.randn(3, 8), torch.randn(16, 16), torch.randn(16), torch.tensor([0, 12]))
 
 
-def graph_of(**meta: Any) -> tuple[fx.GraphModule, fx.Node]:
-    """linear(x', W[:, cols], b) * 1, and the product's node; meta: of x'."""
+def graph_of() -> tuple[fx.GraphModule, fx.Node]:
+    """linear(x', W[:, cols], b), and its node."""
     graph = fx.Graph()
     x, weight, bias, starts = (graph.placeholder(name) for name in ("x", "weight", "bias", "starts"))
-    x.meta = meta
     node = graph.call_function(ops.linear_op, (x, weight, bias, None, 0, starts, 4, 2.0, 0, 0))
     node.meta = {"reads": {x: Form(0, Axis(-1))}}
     graph.output(node)
@@ -44,33 +43,33 @@ def gradients(module: fx.GraphModule) -> list[Tensor]:
 
 
 def test_fires() -> None:
-    module, node = graph_of(asks_gradient=True)
+    module, node = graph_of()
     expected = gradients(module)
     before = node.args
     assert keep_weights(module, context()).modified
-    kept = node.kwargs["compact"]
+    assert node.target is ops.kept_linear
+    kept = node.args[2]
     assert kept.target is ops.kept_weight_op
     assert kept.args[0].target == "detach"
-    assert kept.args[0].args == (node.args[1],)
-    assert kept.args[1:] == node.args[3:7]
-    assert node.args == before
+    assert kept.args[0].args == (before[1],)
+    assert kept.args[1:] == before[3:7]
+    assert node.args == (*before[:2], kept, *before[2:8])
     for got, want in zip(gradients(module), expected, strict=True):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(
-    ("meta", "options"),
+    "options",
     [
-        pytest.param({}, {"eager": True}, id="the eager function keeps it by itself"),
-        pytest.param({}, {"groups": 2}, id="a kept weight a group"),
-        pytest.param({}, {"pattern": "slice"}, id="a window is a view"),
-        pytest.param({"asks_gradient": False}, {}, id="no gradient of the input"),
+        pytest.param({"eager": True}, id="the eager function keeps it by itself"),
+        pytest.param({"groups": 2}, id="a kept weight a group"),
+        pytest.param({"pattern": "slice"}, id="a window is a view"),
     ],
 )
-def test_refuses(meta: dict[str, Any], options: dict[str, Any]) -> None:
-    module, node = graph_of(**meta)
+def test_refuses(options: dict[str, Any]) -> None:
+    module, node = graph_of()
     assert not keep_weights(module, context(**options)).modified
-    assert not node.kwargs
+    assert node.target is ops.linear_op
 
 
 @pytest.mark.parametrize("options", [{"pattern": "slice", "device": "cuda"}, {"pattern": "row"}, {"block": 5}], ids=str)

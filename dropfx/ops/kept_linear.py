@@ -1,0 +1,107 @@
+"""y = scale * x' @ W'^T + b[rows], where W' = W[rows][:, cols] is a value of its own: for graphs of compilers.
+
+No opaque op, so that a compiler sees products and data movement of PyTorch's own in forward and backward, and fuses
+them with what is around. The gradient of the weight goes past W', dense with exact zeros at the dropped places.
+
+Shapes: x [*, K'], W [N, K], W' [N', K'], b [N], y [*, N']
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dropfx.ops.products import scaled_linear, scaled_mm
+from dropfx.ops.runs import Runs, runs, stored_transposed, take
+
+
+class _KeptLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        compact: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        row_run: int,
+        cols: Tensor | None,
+        col_run: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, compact, rows, cols)
+        ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
+        ctx.flipped = stored_transposed(weight)
+        kept = runs(rows, row_run)
+        return scaled_linear(x, compact, bias if bias is None or kept is None else take(bias, 0, kept), scale)
+
+    @staticmethod
+    @once_differentiable  # W' is a constant here
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, compact, *starts = ctx.saved_tensors
+        rows, cols = map(runs, starts, ctx.runs)
+        wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
+        dy = grad.reshape(-1, grad.size(-1))
+        dx = dw = db = None
+        if wants_x:
+            dx = scaled_mm(dy, compact.to(dy.dtype), ctx.scale).to(x.dtype).view(x.shape)
+        if wants_weight:
+            flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape
+            if ctx.flipped:
+                dw = _weight_gradient(flat, dy, (cols, k), (rows, n), ctx.scale, ctx.dtype).t()
+            else:
+                dw = _weight_gradient(dy, flat, (rows, n), (cols, k), ctx.scale, ctx.dtype)
+        if wants_bias:
+            db = _spread(dy.sum(0).to(ctx.dtype), 0, rows, ctx.shape[0])
+        return dx, dw, None, db, *[None] * 5
+
+
+_Axis = tuple[Runs | None, int]
+
+
+def _weight_gradient(a: Tensor, b: Tensor, rows: _Axis, cols: _Axis, scale: float, dtype: torch.dtype) -> Tensor:
+    return _spread(_spread(scaled_mm(a.t(), b, scale).to(dtype), 1, *cols), 0, *rows)
+
+
+def _spread(y: Tensor, dim: int, kept: Runs | None, units: int) -> Tensor:
+    """`put`, as code in which each place reads its own value or is zero: no zeros are written to be overwritten."""
+    if kept is None:
+        return y
+    if kept.tile(units):
+        slots = _slots(kept.blocks(), units // kept.run)
+        return _read(y.unflatten(dim, (-1, kept.run)), dim, slots).flatten(dim, dim + 1)
+    slots = _slots(kept.unwrapped(), units + kept.run)
+    # what goes past the end belongs to the first units
+    wrapped = slots.new_full((units,), -1).slice_scatter(slots[units:], end=kept.run)
+    return _read(y, dim, slots[:units]) + _read(y, dim, wrapped)
+
+
+def _slots(at: Tensor, places: int) -> Tensor:
+    """For each place its index in `at`, -1 where it is not there."""
+    return at.new_full((places,), -1).index_copy(0, at, torch.arange(at.numel(), device=at.device))
+
+
+def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
+    """y at these indices of an axis, zero where they are -1."""
+    shape = [-1 if d == dim else 1 for d in range(y.dim())]
+    return y.index_select(dim, slots.clamp(min=0)).masked_fill((slots < 0).view(shape), 0)
+
+
+def kept_linear(
+    x: Tensor,
+    weight: Tensor,
+    compact: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+) -> Tensor:
+    """The product; compact: W[rows][:, cols], by `kept_weight`. W's own values are not read."""
+    apply: Any = _KeptLinear.apply
+    made: Tensor = apply(x, weight, compact, bias, rows, row_run, cols, col_run, scale)
+    return made
