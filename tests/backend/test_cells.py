@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import dropfx
 from tests.backend.steps import Call, captured, check, eager
 from tests.models import CASES
+from tests.models_cells import ONE_MASK
 
 BOTH = {"compile": eager, "backend": captured}
 
@@ -21,7 +22,7 @@ def step(call: Call, model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("front_end", BOTH)
-@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell", "rnn_cell_relu"])
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell", "rnn_cell_relu", *(f"one_mask_{one}" for one in ONE_MASK)])
 def test_exact_given_the_draw(name: str, front_end: str, groups: int) -> None:
     original = CASES[name].make(torch.float64)
     x = torch.randn(6, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
