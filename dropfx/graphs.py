@@ -42,6 +42,11 @@ def parts_of(node: Any) -> list[Tensor] | None:
     return list(value)
 
 
+def matrix_of(weight: fx.Node) -> Any:
+    """What tells that two products read the same weight: each spells the transpose of a matrix as a node of its own."""
+    return (weight.target, weight.args[0]) if op_name(weight) == "t" and len(weight.args) == 1 else weight
+
+
 def mark_gradients(graph: fx.Graph) -> None:
     """Set meta["asks_gradient"] of every node: whether a backward through it would reach a leaf that asks for one.
 

@@ -110,6 +110,14 @@ class Context:
     flops_dense: int = 0
     flops_compact: int = 0
 
+    def scalar_scales(self) -> set[fx.Node]:
+        """Those inputs of draws that scale all kept units alike: not those of ragged blocks, a vector."""
+        return {
+            draw["scale"]
+            for index, draw in self.draws.items()
+            if (fit := self.sites[index].realisation) is not None and not fit.ragged
+        }
+
 
 class PassResult(NamedTuple):
     """The graph module a pass returns, and whether it changed it."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
 from dropfx.devices import DeviceCosts
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, matrix_of, op_name, value_of
 from dropfx.regions import GEMMS, Prices, Region
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
@@ -36,8 +38,11 @@ def recurrent_flops(node: fx.Node) -> int:
 def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:
     """Prices of a region whose site keeps the share `keep` in each of `groups` draws, in integer nanoseconds."""
     compact, dense, take, put = {}, {}, {}, {}
+    readers = Counter(_weight_read(region, node) for node in region.nodes if op_name(node) == "linear")
     for node in region.nodes:
-        compact[node], dense[node] = _labels(region, node, keep, others, costs, groups)
+        # of several groups each product gathers its own
+        sharing = readers[_weight_read(region, node)] if op_name(node) == "linear" and groups == 1 else 1
+        compact[node], dense[node] = _labels(region, node, keep, others, costs, groups, sharing)
         for value in (node, *region.wants.get(node, {})):
             elements, itemsize = _size(value)
             # forward copies the kept part, backward fills the dense one; a put is the reverse
@@ -45,6 +50,11 @@ def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts
             moved += 2 * (groups - 1) * costs.launch
             take[value] = put[value] = _nanoseconds(moved)
     return Prices(compact, dense, take, put)
+
+
+def _weight_read(region: Region, linear: fx.Node) -> tuple[Any, bool]:
+    """A Linear's weight, and whether its columns are kept or its rows: products that agree share what is gathered."""
+    return matrix_of(argument(linear, 1, "weight")), linear in region.sinks
 
 
 def everything_prices(region: Region) -> Prices:
@@ -56,7 +66,7 @@ def everything_prices(region: Region) -> Prices:
 
 
 def _labels(
-    region: Region, node: fx.Node, keep: float, others: Keeps, costs: DeviceCosts, groups: int
+    region: Region, node: fx.Node, keep: float, others: Keeps, costs: DeviceCosts, groups: int, sharing: int
 ) -> tuple[int, int]:
     elements, itemsize = _size(node)
     if op_name(node) == "linear":
@@ -66,7 +76,7 @@ def _labels(
             keep_in = keep
         else:
             keep_out = keep
-        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups)), _nanoseconds(dense)
+        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
     if node is region.site:
         return _nanoseconds(2 * costs.move(elements * keep, itemsize)), _nanoseconds(costs.dropout(elements, itemsize))
     if node in region.sinks:  # residual add
@@ -80,16 +90,23 @@ def _labels(
 
 
 def _linear(
-    node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts, itemsize: int, groups: int = 1
+    node: fx.Node,
+    keep_in: float,
+    keep_out: float,
+    costs: DeviceCosts,
+    itemsize: int,
+    groups: int = 1,
+    sharing: int = 1,
 ) -> float:
+    """Seconds of its products; of what is gathered, its part where as many as `sharing` share it."""
     m, n, k, products = linear_products(node)
     if keep_in == keep_out == 1:
         return products * costs.gemm(m, n, k, itemsize)
     kept = n * k * keep_in * keep_out
     # a product a group; gather of the weight, for several groups again in backward; scatter of its gradient
     time = groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
-    time += groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
-    return time + costs.move(n * k, itemsize, 1)  # zeros
+    moved = groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
+    return time + (moved + costs.move(n * k, itemsize, 1)) / sharing  # zeros
 
 
 def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:

@@ -219,7 +219,18 @@ def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
     straight = rule.leads(node) and region.straight.issuperset(read)
     if straight:
         region.straight.add(node)
-    return (straight or not rule.moves_rows) and all(same_rows(o, node, region.forms[o]) for o in read)
+    return (straight or not rule.moves_rows) and all(_same_leading(o, node) for o in read)
+
+
+def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
+    """Whether operand and reader agree in the first axis, along which groups lie; else the operand is broadcast there.
+
+    Behind it it may be: each row of the reader is of the group of the row that it reads.
+    """
+    value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
+    if rule is None or not rule.pointwise:
+        return True
+    return value is not None and out is not None and value.dim() == out.dim() and value.shape[:1] == out.shape[:1]
 
 
 def ends(region: Region) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import fx
 
 from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
@@ -44,7 +47,11 @@ def _earlier(node: fx.Node, dim: int) -> Source | int | None:
         kept = axes_of_index(node)
         return None if kept is None or kept[dim] is None else (first, kept[dim])  # type: ignore[return-value]
     if name in ("view", "reshape"):
-        return _named(node, dim, value.dim())
+        return _named(node.args[1:], dim, value.dim())
+    if name in _MADE:
+        return _named(node.args[isinstance(first, fx.Node) and node.op == "call_method" :], dim, value.dim())
+    if name.endswith("_like") and isinstance(first, fx.Node):
+        return first, dim
     rule = AXIS_RULES.get(name)
     if (rule is not None and rule.pointwise) or name in COPIES or node.target in DROPOUT_FUNCTIONS:
         same = [o for o in node.all_input_nodes if (v := value_of(o)) is not None and v.shape == value.shape]
@@ -52,11 +59,14 @@ def _earlier(node: fx.Node, dim: int) -> Source | int | None:
     return None
 
 
-def _named(view: fx.Node, dim: int, rank: int) -> Source | int | None:
-    """The size that a view names for an axis."""
-    sizes = view.args[1:]
-    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        sizes = tuple(sizes[0])
+_MADE = frozenset(["empty", "zeros", "ones", "full", "new", "new_empty", "new_zeros", "new_ones", "new_full"])
+"""Operations that make a tensor of the sizes that they are given."""
+
+
+def _named(sizes: Sequence[Any], dim: int, rank: int) -> Source | int | None:
+    """The size that an operation names for an axis."""
+    if sizes and isinstance(sizes[0], (tuple, list)):
+        sizes = sizes[0]
     size = sizes[dim] if len(sizes) == rank else None
     if type(size) is int:
         return None if size == -1 else size

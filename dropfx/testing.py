@@ -193,7 +193,8 @@ class _Substitute(TorchFunctionMode):
         if mask is None:
             found: Tensor = func(input, *args, **kwargs)
             return found
-        keep = kwargs.get("p", args[0] if args else 0.5)
+        probabilities = input if func is not Tensor.bernoulli_ else 0.5
+        keep = kwargs.get("p", args[0] if args else probabilities)
         return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(mask * keep)
 
     def _recurrent(self, func: Any, args: tuple[Any, ...]) -> Any:

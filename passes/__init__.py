@@ -8,6 +8,7 @@ from dropfx.passes.drop_packed import drop_packed
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
+from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
@@ -26,6 +27,7 @@ from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
+from dropfx.passes.share_weights import share_weights
 
 AS_WRITTEN = (functionalize, recognise_masks)
 """Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
@@ -50,7 +52,9 @@ PIPELINE = (
     rewrite_residual,
     join_recurrent,
     join_cells,
+    fold_masks,
     fold_scale,
+    share_weights,
     lower,
     keep_weights,
     fuse_activation,

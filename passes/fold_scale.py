@@ -16,11 +16,7 @@ _SCALED = {ops.linear_op: (0, 7), ops.residual_add_op: (1, 6)}
 
 def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
     """Give the sites' scalar scales to the products behind them; a vector scale (ragged blocks) stays."""
-    scalar = {
-        draw["scale"]
-        for index, draw in context.draws.items()
-        if (fit := context.sites[index].realisation) is not None and not fit.ragged
-    }
+    scalar = context.scalar_scales()
     modified = False
     for node in module.graph.nodes:
         if node.target is not ops.scale_units or node.args[1] not in scalar:

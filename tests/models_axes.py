@@ -33,6 +33,10 @@ BOTH: dict[str, Op] = {
     "flip_listed": lambda h, m, x: torch.flip(h, dims=(0,)),
     "roll_sequence": lambda h, m, x: torch.roll(h, (1, 1), dims=(0, 1)),
     "cumsum_sequence": lambda h, m, x: h.cumsum(dim=1),
+    "stack_rows": lambda h, m, x: torch.stack([row.tanh() for row in h.unbind(1)], 1),
+    "stack_first": lambda h, m, x: torch.stack(h.unbind(1)),
+    "stack_behind_units": lambda h, m, x: torch.stack([h, h.tanh()], -1).sum(-1),
+    "stack_next_to_units": lambda h, m, x: torch.stack((h, h.tanh()), dim=-2),
     "cat_itself": lambda h, m, x: torch.cat((h, h.tanh()), dim=1),
     "layer_scale": lambda h, m, x: h.mul_(m.unit),
     "transposed_attribute": lambda h, m, x: h.mT.contiguous().mT,
@@ -43,6 +47,7 @@ BEFORE_ONLY: dict[str, Op] = {
     "softmax_sequence": lambda h, m, x: h.softmax(1),
     "log_softmax_sequence": lambda h, m, x: F.log_softmax(h, dim=-2),
     "cat_dense": lambda h, m, x: torch.cat([h, m.side(x)], 1),
+    "stack_dense": lambda h, m, x: torch.stack([h, m.side(x)], 1),
     "mean_of_sigmoid": lambda h, m, x: h.sigmoid().mean(1),
 }
 

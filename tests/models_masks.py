@@ -114,6 +114,14 @@ def in_place(m: ByHand, x: Tensor) -> Tensor:
     return x
 
 
+def probabilities(m: ByHand, x: Tensor) -> Tensor:
+    return x * torch.bernoulli(torch.full_like(x[:, :1], m.keep)).div_(m.keep)
+
+
+def probabilities_by_size(m: ByHand, x: Tensor) -> Tensor:
+    return x * (torch.bernoulli(x.new_full((x.size(0), 1, x.size(2)), fill_value=m.keep)) / m.keep)
+
+
 def fresh_each_time(m: ByHand, x: Tensor) -> Tensor:
     for _ in range(2):
         x = x * m.draw(x.new_empty(x.size(0), 1, x.size(2))).div(m.keep)
@@ -124,7 +132,7 @@ def spelled(body: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     return Between(ByHand(body))
 
 
-for _body in (statements, functions, in_place):
+for _body in (statements, functions, in_place, probabilities, probabilities_by_size):
     case(f"mask_{_body.__name__}", vectors(64, 5), rewritten=("drop:bernoulli_1",))(lambda b=_body: spelled(b))
 case(
     "mask_fresh_each_time",
@@ -137,6 +145,32 @@ case(
 def used_twice(m: ByHand, x: Tensor) -> Tensor:
     mask = m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(m.keep)
     return x * mask + x.sin() * mask
+
+
+def used_in_a_loop(m: ByHand, x: Tensor) -> Tensor:
+    """One mask of all steps, on the values of each."""
+    mask = torch.bernoulli(torch.full((x.size(0), x.size(2)), m.keep, dtype=x.dtype)) / m.keep
+    return torch.stack([row.tanh() * mask for row in x.unbind(1)], 1)
+
+
+def used_by_other_names(m: ByHand, x: Tensor) -> Tensor:
+    """Views of it, scaled apart, and by products written otherwise."""
+    drawn = m.draw(torch.empty_like(x[:, 0]))
+    mask, again = drawn / m.keep, (1 / m.keep) * drawn
+    steps = torch.mul(mask.detach().unsqueeze(1).expand_as(x), x)
+    return steps + x.cos() * again.unsqueeze(-2) + (x[:, 0] * mask.expand(x.size(0), -1)).unsqueeze(1)
+
+
+def used_with_another_product(m: ByHand, x: Tensor) -> Tensor:
+    """Its units are dropped everywhere; of two products of masks it is a factor."""
+    mask = m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(m.keep)
+    return (x * mask).sin() * mask
+
+
+SEVERAL = (used_twice, used_in_a_loop, used_by_other_names, used_with_another_product)
+"""One mask of several products."""
+for _body in SEVERAL:
+    case(f"mask_{_body.__name__}", vectors(64, 5), rewritten=("drop:bernoulli_1",))(lambda b=_body: spelled(b))
 
 
 def draw_used_twice(m: ByHand, x: Tensor) -> Tensor:
@@ -161,8 +195,69 @@ def expanded_units(m: ByHand, x: Tensor) -> Tensor:
     return x * m.draw(x.new_empty(x.size(0), 1, 1)).div_(m.keep).expand_as(x)
 
 
-def probabilities(m: ByHand, x: Tensor) -> Tensor:
-    return x * torch.bernoulli(torch.full_like(x[:, :1], m.keep)).div_(m.keep)
+def other_probability(m: ByHand, x: Tensor) -> Tensor:
+    return x * torch.bernoulli(torch.full_like(x[:, :1], 0.7)).div_(m.keep)
+
+
+def several_probabilities(m: ByHand, x: Tensor) -> Tensor:
+    return x * torch.bernoulli(torch.linspace(0.5, 1, x.size(2), dtype=x.dtype)).div_(m.keep)
+
+
+def written_probabilities(m: ByHand, x: Tensor) -> Tensor:
+    filled = torch.full_like(x[:, :1], m.keep)
+    filled[..., 0] = 1.0
+    return x * torch.bernoulli(filled).div_(m.keep)
+
+
+def read_as_a_value(m: ByHand, x: Tensor) -> Tensor:
+    mask = m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(m.keep)
+    return x * mask + mask.sum()
+
+
+def added_to_itself(m: ByHand, x: Tensor) -> Tensor:
+    mask = m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(m.keep)
+    return x * mask + x.sin() * (mask + mask)
+
+
+def squared(m: ByHand, x: Tensor) -> Tensor:
+    mask = m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(m.keep)
+    return x * mask + x * (mask * mask)
+
+
+def scaled_between(m: ByHand, x: Tensor) -> Tensor:
+    """Another mask from the second step on."""
+    mask = torch.bernoulli(torch.full((x.size(0), x.size(2)), m.keep, dtype=x.dtype)) / m.keep
+    rows = []
+    for row in x.unbind(1):
+        rows.append(row * mask)
+        mask = mask * 0.9
+    return torch.stack(rows, 1)
+
+
+def written_between(m: ByHand, x: Tensor) -> Tensor:
+    mask = torch.bernoulli(torch.full((x.size(0), x.size(2)), m.keep, dtype=x.dtype)) / m.keep
+    rows = []
+    for row in x.unbind(1):
+        rows.append(row.detach() * mask)
+        mask.mul_(0.9)
+    return torch.stack(rows, 1)
+
+
+def one_column_in_a_loop(m: ByHand, x: Tensor) -> Tensor:
+    mask = torch.bernoulli(torch.full((x.size(0), 1), m.keep, dtype=x.dtype)) / m.keep
+    return torch.stack([row * mask for row in x.unbind(1)], 1)
+
+
+def along_another_axis(m: ByHand, x: Tensor) -> Tensor:
+    """Once it drops units, once steps."""
+    mask = m.draw(x.new_empty(x.size(2))).div_(m.keep)
+    return x * mask + (x[..., :1] * mask).sum(-1, keepdim=True)
+
+
+def unsqueezed_behind_an_expansion(m: ByHand, x: Tensor) -> Tensor:
+    """The axes that it names are the expansion's."""
+    mask = m.draw(x.new_empty(x.size(2))).div_(m.keep)
+    return x * mask + (x.unsqueeze(0) * mask.expand(x.shape).unsqueeze(0)).squeeze(0)
 
 
 def probabilities_in_place(m: ByHand, x: Tensor) -> Tensor:
@@ -184,13 +279,22 @@ def integers(m: ByHand, x: Tensor) -> Tensor:
 
 
 OTHERS = (
-    used_twice,
     draw_used_twice,
     without_scale,
     other_scale,
     no_unit_axis,
     expanded_units,
-    probabilities,
+    other_probability,
+    several_probabilities,
+    written_probabilities,
+    read_as_a_value,
+    added_to_itself,
+    squared,
+    scaled_between,
+    written_between,
+    one_column_in_a_loop,
+    along_another_axis,
+    unsqueezed_behind_an_expansion,
     probabilities_in_place,
     broadcasts_x,
     written_later,

@@ -176,9 +176,12 @@ class ReplaceDropout(TorchFunctionMode):
         return UnrecordedSite(f"site {name!r} (p={p}) is live and has no mask; recorded: {sorted(self.masks)}")
 
 
-def bernoulli(func: Callable[..., Any], mask: Tensor, like: Tensor, p: float) -> Tensor:
-    """What a recorded mask was before its division by p: ones and zeros, but for the drawn rate."""
-    drawn = (mask * p).to(like.dtype).expand(like.shape)
+def bernoulli(func: Callable[..., Any], mask: Tensor, like: Tensor, p: float | None = None) -> Tensor:
+    """What a recorded mask was before its division by p: ones and zeros, but for the drawn rate.
+
+    Without p `like` holds the probabilities.
+    """
+    drawn = (mask * (like if p is None else p)).to(like.dtype).expand(like.shape)
     return like.copy_(drawn) if func is Tensor.bernoulli_ else drawn
 
 

@@ -25,7 +25,7 @@ def products_reached(name: str) -> tuple[float, float]:
     "name",
     [
         *(f"{side}_{name}" for name in BOTH for side in ("before", "after")),
-        *(f"before_{name}" for name in BEFORE_ONLY if name != "cat_dense"),
+        *(f"before_{name}" for name in BEFORE_ONLY if name not in ("cat_dense", "stack_dense")),
         *(f"product_{name}" for name in (*LINEARS, *TWO_DIMS)),
     ],
 )

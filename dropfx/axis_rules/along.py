@@ -82,5 +82,34 @@ def along_rule(zero: Zero) -> AxisRule:
     return AxisRule(_along_operands, _along_output, zero, _along_keeps_first, moves_rows=True)
 
 
+def _stacked(node: fx.Node) -> tuple[int, int] | None:
+    """(new axis of a stack, counted from the front; rank of its operands)."""
+    value, dim = value_of(node), argument(node, 1, "dim", 0)
+    return None if value is None or not isinstance(dim, int) else (dim % value.dim(), value.dim() - 1)
+
+
+def stack_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    found, sources = _stacked(node), _along_sources(node)
+    if found is None or not sources:
+        return None
+    new, rank = found
+    place = rank + 1 + axis.dim
+    return None if place == new else dict.fromkeys(sources, Axis(place - (place > new) - rank, axis.factor))
+
+
+def stack_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    found = _stacked(node)
+    if found is None or operand not in _along_sources(node):
+        return None
+    new, rank = found
+    place = rank + axis.dim
+    return Axis(place + (place >= new) - rank - 1, axis.factor)
+
+
+def stack_keeps_first(node: fx.Node) -> bool:
+    found = _stacked(node)
+    return found is not None and found[0] != 0
+
+
 def all_sources(node: fx.Node, zeros: set[fx.Node]) -> bool:
     return zeros.issuperset(_along_sources(node))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.axis_rules.along import DIM, all_sources, along_rule
+from dropfx.axis_rules.along import DIM, all_sources, along_rule, stack_keeps_first, stack_operands, stack_output
 from dropfx.axis_rules.pointwise import (
     all_operands,
     always,
@@ -57,6 +57,7 @@ AXIS_RULES: dict[str, AxisRule] = {
     **{name: AxisRule(reshape_operands, reshape_output, always, lambda node: False) for name in _RESHAPES.split()},
     **{name: AxisRule(permute_operands, permute_output, always, first_stays, moves_rows=True) for name in PERMUTATIONS},
     "getitem": AxisRule(index_operands, index_output, always, index_keeps_first, moves_rows=True),
+    "stack": AxisRule(stack_operands, stack_output, all_sources, stack_keeps_first, moves_rows=True),
     **{name: along_rule(never if "softmax" in name else all_sources) for name in DIM},
 }
 """Operation name (as `graphs.op_name` gives it) -> its row. What has no row is dense."""

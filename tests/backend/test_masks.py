@@ -26,7 +26,7 @@ X = torch.randn(6, 5, 64, dtype=torch.float64, generator=torch.Generator().manua
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-@pytest.mark.parametrize("name", ["rnn_dropout", "locked_dropout_torchnlp", "mask_in_place"])
+@pytest.mark.parametrize("name", ["rnn_dropout", "locked_dropout_torchnlp", "mask_in_place", "mask_used_in_a_loop"])
 def test_exact_given_the_draw(name: str, front_end: str) -> None:
     original = model_of(name)
     (masks,) = check(original, FRONT_ENDS[front_end](original), one_backward, X, sites={SITE})

@@ -1,0 +1,65 @@
+"""linear(x', W, cols), linear(y', W, cols) -> V = s * W[:, cols];  linear(x', V), linear(y', V)
+
+The steps of a loop that drop the same units multiply by the same kept weight: it is gathered once, and its gradient,
+which adds up over the steps, is put back into the place of the whole weight's once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.nn import functional as F
+
+from dropfx import ops
+from dropfx.choice import forms_of
+from dropfx.graphs import insert, matrix_of
+from dropfx.pass_infra import Context, PassResult
+
+
+def share_weights(module: fx.GraphModule, context: Context) -> PassResult:
+    """Gather once what several products read of a weight; not where kernels that gather as they go are asked for."""
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in [] if context.options.lowering == "triton" else module.graph.nodes:
+        if node.target is ops.linear_op and (key := _key(node, context)) is not None:
+            alike.setdefault(key, []).append(node)
+    several = [nodes for nodes in alike.values() if len(nodes) > 1]
+    for nodes in several:
+        _share(nodes)
+    return PassResult(module, bool(several))
+
+
+def _key(node: fx.Node, context: Context) -> Any:
+    """What products must have in common; None where each group of rows has a kept weight of its own."""
+    forms, weight, bias = forms_of(node), node.args[1], node.args[2]
+    assert isinstance(weight, fx.Node)
+    if any(form is not None and context.sites[form.site].groups > 1 for form in forms):
+        return None
+    if any(isinstance(given, fx.Node) and "pinned" in given.meta for given in (weight, bias)):
+        return None  # it may be written between the products
+    # under another grad mode or autocast it would be another value
+    return matrix_of(weight), forms, node.args[7], node.meta.get("after_effects")
+
+
+def _share(nodes: list[fx.Node]) -> None:
+    graph = nodes[0].graph
+    weight, _, rows, row_run, cols, col_run, scale = nodes[0].args[1:8]
+    biases: dict[Any, Any] = {}
+    with graph.inserting_before(nodes[0]):
+        kept = _take(_take(weight, rows, row_run, 0), cols, col_run, 1)
+        if scale != 1.0:
+            kept = insert(graph, ops.scale_units, (kept, scale, -1), like=kept)
+    for node in nodes:
+        x, _, bias, *_ = node.args
+        with graph.inserting_before(node):
+            if bias not in biases:
+                biases[bias] = _take(bias, rows, row_run, 0)
+            product = insert(graph, F.linear, (x, kept, biases[bias]), like=node)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+
+def _take(value: Any, starts: Any, run: Any, dim: int) -> Any:
+    if value is None or starts is None:
+        return value
+    return insert(value.graph, ops.take_op, (value, starts, run, dim, 0), like=value)
