@@ -72,6 +72,7 @@ def backend(
     compiled = compile_inner(rewritten if parts or naming.recurrent else module, [*example_inputs, *draws])
 
     def run(*args: Any) -> Sequence[Any]:
+        """One call of the graph: draws, then what the inner compiler made; as written where dropfx is disabled."""
         if runtime.disabled:
             with runtime.keeping_all():
                 return tuple(as_written(*args))

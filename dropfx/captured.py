@@ -93,6 +93,7 @@ class Naming:
         return f"{path}:dropout_{self._calls[f'{path}:']}"
 
     def input_name(self, field: str) -> str:
+        """A name for a new input of the graph, which no other input has; `field`: what of a draw it is."""
         return f"dropfx_{field}_{next(self._inputs)}"
 
 
@@ -312,7 +313,10 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Let all readers of `node` read `value`, a node or a constant, and erase it."""
+
     def put(operand: fx.Node) -> Any:
+        """The operand, or the value in the place of the node."""
         return value if operand is node else operand
 
     for user in list(node.users):

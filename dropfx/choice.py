@@ -119,6 +119,7 @@ class _Example:
         """Forward and backward by `op`."""
 
         def run() -> None:
+            """Forward, and backward where an operand asks for a gradient."""
             out = op(*self._args)
             if self._leaves:
                 torch.autograd.grad(out, self._leaves, torch.ones_like(out))

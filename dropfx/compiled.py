@@ -228,6 +228,7 @@ def original_class(module: nn.Module) -> type:
 def _compiled_class(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten graph where there is a state; the class' own forward otherwise."""
         state = self.__dict__.get("_dropfx")
         if state is None:  # made by type(self)(...), as slicing a Sequential does
             return cls.forward(self, *args, **kwargs)
@@ -255,6 +256,7 @@ def _original_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def swap(module: nn.Module, state: State) -> None:
+    """Make `module` a compiled one, in place, by the subclass of its class whose forward asks `state`."""
     module.__dict__["_dropfx"] = state
     module.__class__ = _compiled_class(original_class(module))
 

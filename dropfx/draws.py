@@ -110,10 +110,12 @@ class TileDraw(NamedTuple):
 
     @property
     def period(self) -> int:
+        """One of this many tiles along a row or column of tiles is kept."""
         return int(self.lattice[0])
 
     @property
     def bias(self) -> int:
+        """Sum of row and column, modulo the period, of the tiles that are kept."""
         return int(self.lattice[1])
 
     def mask(self, rows: int, columns: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -81,6 +81,7 @@ class Site:
 
     @property
     def rewritten(self) -> bool:
+        """Whether dropfx draws it: it is in the graph and nothing speaks against it."""
         return self.node is not None and not self.reason
 
 

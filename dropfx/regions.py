@@ -57,6 +57,7 @@ class Region:
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
+        """All of its operations: those that emit the units compact, then those that read them only."""
         yield from self.forms
         yield from (s for s in self.sinks if s not in self.forms)
 

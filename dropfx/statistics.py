@@ -162,6 +162,7 @@ def table(results: Sequence[Statistics]) -> Table:
 
 def _column(s: Statistics) -> dict[str, str]:
     def figure(name: str, form: str) -> str:
+        """A figure of the table, marked `~` where it is sampled; empty where the pattern has none."""
         value = getattr(s, name)
         return "" if value is None else ("" if name in s.exact else "~") + format(value, form)
 

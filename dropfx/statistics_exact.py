@@ -52,9 +52,11 @@ class Bernoulli(Pattern):
     name = "bernoulli"
 
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        """See `Pattern.realise`: meets every rate; no unit is left out of the compact width."""
         return Realisation(units, run=1, count=units, numbers=units * groups, drawn_rate=rate, groups=groups)
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        """See `Pattern.choose`: starts are all units, and the scale of those that are dropped is 0."""
         points = (hashes >> 10 & 2**53 - 1).to(torch.float64) / 2**53
         shape = (fit.groups, fit.units) if fit.groups > 1 else (fit.units,)
         scales = (points >= fit.drawn_rate).to(torch.float64) * fit.scale

@@ -209,6 +209,7 @@ class _Substitute(TorchFunctionMode):
             return func(*args)
 
         def between(x: Tensor, gap: int) -> Tensor:
+            """A layer's output under the mask of the dropout behind it, or by PyTorch's dropout without one."""
             if tiled[gap]:
                 return x
             mask = self._masks.get(names[gap])
@@ -279,10 +280,12 @@ def _masked(model: nn.Module, masks: Masks, tiles: bool) -> Iterator[None]:
     mode = _Substitute(masks, stack, names, tiles)
 
     def enter(module: nn.Module, args: Any) -> None:
+        """The module's call begins."""
         stack.append(module)
         mode.calls[names[module]] += 1
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
+        """The module's call ends, by an error too."""
         stack.pop()
         if module is model:
             mode.restart()

@@ -134,6 +134,7 @@ def timer_for(device: torch.device) -> Timer:
     """Median seconds of a step after some untimed ones, which compile kernels."""
 
     def timed(step: Step) -> float:
+        """Median seconds of the step."""
         # events are of the current device's stream
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for _ in range(_WARM_UP):

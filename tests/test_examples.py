@@ -91,6 +91,14 @@ def language_model(monkeypatch, capsys):
 COMPILE = dropfx.compile
 
 
+def test_language_model_draws_by_groups(language_model, text):
+    """As many draws as asked for, or one for each step: other masks of the same seed, and all learn."""
+    printed = {groups: language_model("--text", text, "--p", ".2", "--groups", groups) for groups in (1, 2, "time")}
+    assert len({lines[0] for lines in printed.values()}) == 3
+    for lines in printed.values():
+        assert float(lines[-1].rpartition("test ")[2]) < 3, lines  # a guess: 9
+
+
 @pytest.mark.parametrize("implementation", ["bernoulli", "dropfx"])
 @pytest.mark.parametrize("stop", [7, 23, 30])  # within the first epoch, at its end, within the second
 def test_language_model_resumes_exactly(language_model, text, tmp_path, implementation, stop):

@@ -79,6 +79,7 @@ def _along_keeps_first(node: fx.Node) -> bool:
 
 
 def along_rule(zero: Zero) -> AxisRule:
+    """The row of an operation in `DIM`; `zero`: where its result is 0 at dropped units, as in `AxisRule`."""
     return AxisRule(_along_operands, _along_output, zero, _along_keeps_first, moves_rows=True)
 
 
@@ -112,4 +113,5 @@ def stack_keeps_first(node: fx.Node) -> bool:
 
 
 def all_sources(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Zero where all tensors that the operation reads are: sums, parts and orders of zeros are zeros."""
     return zeros.issuperset(_along_sources(node))

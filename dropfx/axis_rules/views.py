@@ -28,6 +28,7 @@ def reshape_axis(source: Sequence[int], target: Sequence[int], axis: Axis) -> Ax
 
 
 def reshape_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    """Axis of the operand that a reshape shows as `axis` of its output; None where it is split or merged otherwise."""
     first, out = node.args[0], value_of(node)
     value = value_of(first)
     if not isinstance(first, fx.Node) or value is None or out is None or _squeezes_any(node):
@@ -42,6 +43,7 @@ def _squeezes_any(node: fx.Node) -> bool:
 
 
 def reshape_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    """Axis of the output that holds the operand's `axis`; None where the reshape splits it or merges it with others."""
     value, out = value_of(operand), value_of(node)
     if value is None or out is None or operand is not node.args[0] or _squeezes_any(node):
         return None
@@ -63,6 +65,7 @@ def axes_of_permutation(node: fx.Node) -> list[int] | None:
 
 
 def permute_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    """Axis of the operand that a permutation moves to `axis` of its output; None where the order is not known."""
     order, first = axes_of_permutation(node), node.args[0]
     if order is None or not isinstance(first, fx.Node):
         return None
@@ -70,6 +73,7 @@ def permute_operands(node: fx.Node, axis: Axis) -> Operands | None:
 
 
 def permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    """Axis of the output to which a permutation moves the operand's `axis`; None where the order is not known."""
     order = axes_of_permutation(node)
     if order is None:
         return None
@@ -77,6 +81,7 @@ def permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
 
 
 def first_stays(node: fx.Node) -> bool:
+    """Whether a permutation leaves the first axis the first one."""
     order = axes_of_permutation(node)
     return order is not None and order[:1] == [0]
 
@@ -108,6 +113,7 @@ def axes_of_index(node: fx.Node) -> list[int | None] | None:
 
 
 def index_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    """Axis of the operand that `x[...]` shows as `axis` of its output; None where the index is not known."""
     if _part_of_several(node):
         return first_operand(node, axis)
     order, first = axes_of_index(node), node.args[0]
@@ -119,6 +125,7 @@ def index_operands(node: fx.Node, axis: Axis) -> Operands | None:
 
 
 def index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    """Axis of the output that shows the operand's `axis` whole; None where the index takes parts of it."""
     if _part_of_several(node):
         return axis
     order, value = axes_of_index(node), value_of(operand)
@@ -128,6 +135,7 @@ def index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
 
 
 def index_keeps_first(node: fx.Node) -> bool:
+    """Whether `x[...]` takes the first axis whole and leaves it the first one."""
     order = axes_of_index(node)
     return _part_of_several(node) or (order is not None and order[:1] == [0])
 

@@ -66,6 +66,7 @@ def contender(name: str, built: Built, inner: str) -> Step:
         runnable = dropfx.compile(model)
 
     def step() -> None:
+        """Forward and loss, backward, update; gradients are released."""
         torch.autograd.backward(built.loss(runnable(*built.args, **built.kwargs)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

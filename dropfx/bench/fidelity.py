@@ -62,6 +62,7 @@ class Outcome:
     accuracy: dict[str, list[float]]
 
     def loss(self, variant: str) -> Loss:
+        """Points lost by a variant against PyTorch's dropout, paired by seed. KeyError: the variant was not trained."""
         return paired_loss(self.accuracy[BERNOULLI], self.accuracy[variant])
 
 

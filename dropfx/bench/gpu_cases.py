@@ -60,6 +60,7 @@ class Bench(NamedTuple):
         return Result(what, rate, limit, {name: statistics.median(found) for name, found in times.items()}, ratios)
 
     def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers of this shape, in the benchmark's dtype on its device."""
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
 
 
@@ -168,6 +169,7 @@ def _contenders(
     inputs = _inputs(bench, *sizes)
 
     def product(given: list[Tensor], ops: _Ops | None) -> object:
+        """One product with (x, w, dy, compact x): dense without `ops`, else gathered by them."""
         x, w, dy, compact = given
         return dense(x, w, dy) if ops is None else gathered(ops, compact, w, dy)
 
@@ -196,6 +198,7 @@ def steps(bench: Bench, sizes: tuple[int, ...], batch: int, rate: float, input_g
     x = bench.randn(batch, sizes[0]).requires_grad_(input_gradient)
 
     def step(model: Callable[[Tensor], Tensor]) -> None:
+        """Forward and backward of the sum of the outputs."""
         torch.autograd.backward(model(x).sum())
 
     contenders: dict[str, Step] = {}

@@ -78,6 +78,7 @@ def stepper(runnable: Callable[..., Any], model: LanguageModel, words: Tensor, t
     state = model.initial_state(words.shape[1])
 
     def step() -> Tensor:
+        """One step on the window; returns the mean loss of a word."""
         loss, left = train_step(runnable, optimizer, words, targets, state)
         # into the same memory: a step that releases what an earlier one took has no resting level
         for old, new in zip(state, left, strict=True):

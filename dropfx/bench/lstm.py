@@ -42,18 +42,22 @@ class Case:
 
     @property
     def net(self) -> str:
+        """Layers, units of each and vocabulary, for tables."""
         return f"{LAYERS}x{self.units}, {self.vocabulary}"
 
     def workload(self) -> Workload:
+        """The language model, and its step on one window of random words [window, batch]."""
         model = LanguageModel(self.vocabulary, self.units, self.rate, LAYERS)
         text = torch.randint(self.vocabulary, (self.window + 1, self.batch))
 
         def make_step(runnable: Callable[..., Any], model: nn.Module) -> Step:
+            """A step on the same window, which carries the state on."""
             return language_model.stepper(runnable, cast(LanguageModel, model), text[:-1], text[1:])
 
         return Workload(model, (text[:-1], model.initial_state(self.batch)), make_step)
 
     def ceiling(self, rates: Sequence[float]) -> float:
+        """How many times fewer operations the step's GEMMs take at these drop rates of the three sites."""
         return flop_ceiling(self.units, self.vocabulary, [1 - rate for rate in rates])
 
 

@@ -33,6 +33,7 @@ def tuned(main: Main) -> Main:
 
     @functools.wraps(main)
     def again(args: argparse.Namespace) -> int:
+        """The command, in a process of its own where this one lacks the settings; returns the exit status."""
         if args.malloc == "tuned" and not is_tuned():
             return in_fresh_process(True, again, args)
         return main(args)

@@ -32,19 +32,23 @@ class Case:
 
     @property
     def net(self) -> str:
+        """Layer sizes, input first, for tables."""
         return "-".join(map(str, self.sizes))
 
     def workload(self) -> Workload:
+        """The MLP, and its step on random images [batch, sizes[0]] with random labels."""
         model = mlp(self.sizes, self.rate)
         images = torch.randn(self.batch, self.sizes[0])
         labels = torch.randint(self.sizes[-1], (self.batch,))
 
         def make_step(runnable: Callable[..., Any], model: nn.Module) -> Step:
+            """A step on the same batch, by SGD with momentum."""
             return partial(train_step, runnable, sgd(model), images, labels)
 
         return Workload(model, (images,), make_step)
 
     def ceiling(self, rates: Sequence[float]) -> float:
+        """How many times fewer operations the step's GEMMs take at these drop rates of the hidden layers."""
         return flop_ceiling(self.sizes, [1 - rate for rate in rates])
 
 

@@ -54,6 +54,7 @@ def measure(rounds: int = 20) -> Overhead:
     state = compiled.__dict__["_dropfx"]
 
     def look_up() -> Any:
+        """The specialisation that serves the inputs, with the key checked as a call does."""
         return state.find((1, *(key_of([inputs]) or ())), [inputs])
 
     found = look_up()
@@ -70,6 +71,7 @@ def _microseconds(calls: dict[str, Step], rounds: int) -> list[float]:
     """Median microseconds a call of each, in order."""
 
     def repeated(call: Step) -> Step:
+        """The call, as often as it takes to be timed."""
         return lambda: [call() for _ in range(_CALLS)]
 
     times = harness.interleave({name: repeated(call) for name, call in calls.items()}, rounds, turn_seconds=0)

@@ -51,6 +51,7 @@ class Timing:
     ceilings: dict[str, float]
 
     def speed_up(self, pattern: str) -> float:
+        """Mean seconds of PyTorch's dropout by those of the pattern. KeyError: the pattern was not timed."""
         return statistics.mean(self.seconds[BERNOULLI]) / statistics.mean(self.seconds[pattern])
 
 

@@ -153,6 +153,9 @@ def _draw(outcomes: Sequence[Outcome], axes: Sequence[Axes]) -> None:
             means = [statistics.mean(values) for values in zip(*(run.valid for run in outcome.runs), strict=True)]
             axis.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=outcome.variant)
     axis.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    axis.locator_params(axis="x", integer=True)
+    axis.yaxis.set_major_formatter("{x:.0f}")
+    axis.yaxis.set_minor_formatter("{x:.0f}")
     axis.legend(frameon=False, fontsize=8)
 
 

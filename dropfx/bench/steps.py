@@ -48,10 +48,12 @@ class Case(Protocol):
         """The net's sizes, for tables."""
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int:
+        """Samples in a batch."""
 
     @property
-    def rate(self) -> float: ...
+    def rate(self) -> float:
+        """Drop rate of all sites."""
 
     def workload(self) -> Workload:
         """The model and its step, from PyTorch's generator."""

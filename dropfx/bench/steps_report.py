@@ -122,6 +122,7 @@ def panels(results: Sequence[Result], paper: Paper | None = None) -> tuple[int, 
         groups.setdefault((result.case.net, result.case.batch), []).append(result)
 
     def draw(axes: list[Axes]) -> None:
+        """A panel for each net and batch, with the paper's range behind the bars."""
         for axis, ((net, batch), members) in zip(axes, groups.items(), strict=True):
             if paper is not None:
                 axis.axhspan(paper.low, paper.high, color="#edae49", alpha=0.25, linewidth=0, label="the paper, GPU")

@@ -37,7 +37,7 @@ class Config(NamedTuple):
         }
 
 
-LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(128, 64, 16, 8, 2)}
+LARGE: dict[int, Config] = {2: Config(128, 128, 64, 8, 3), 4: Config(128, 64, 32, 8, 2)}
 """Item size in bytes -> tile of a product that fills the device many times over."""
 
 SMALL: dict[int, Config] = {2: Config(64, 64, 64, 4, 3), 4: Config(64, 64, 16, 8, 2)}
@@ -96,20 +96,21 @@ def candidates(m: int, n: int, dtype: torch.dtype, small: Small = None) -> tuple
     """Tiles worth trying for a result [m, n], the table's first: none that lies beside the result by more than half."""
     first = _by_table(m, n, dtype, small)
     size = dtype.itemsize
-    wide = WIDE[size] if _capability() >= 9 else ()
-    rest = (
-        [INTERPRETER]
-        if INTERPRETED
-        else [SMALL[size], *(() if small == "only" else (LARGE[size], *OTHERS[size], *wide))]
-    )
+    rest: tuple[Config, ...] = (SMALL[size],) if small == "only" else tuned(size, _capability())
+    if INTERPRETED:
+        rest = (INTERPRETER,)
     fitting = [tile for tile in rest if tile.m < 2 * max(m, 32) and tile.n < 2 * max(n, 32)]
     return tuple(dict.fromkeys([first, *fitting]))
 
 
+def tuned(size: int, capability: int) -> tuple[Config, ...]:
+    """All tiles that tuning tries for items of `size` bytes, on GPUs of a generation (`capability`: 9 for sm_90)."""
+    return (SMALL[size], LARGE[size], *OTHERS[size], *(WIDE[size] if capability >= 9 else ()))
+
+
 def known(config: Config) -> bool:
     """Whether a tile is one of those that tuning tries."""
-    tables = ((LARGE[size], SMALL[size], *OTHERS[size], *WIDE[size]) for size in OTHERS)
-    return any(config in table for table in tables) or config == INTERPRETER
+    return any(config in tuned(size, capability=9) for size in SMALL) or config == INTERPRETER
 
 
 def _capability() -> int:

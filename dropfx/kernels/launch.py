@@ -20,6 +20,7 @@ def on_its_device(
 
     @functools.wraps(launcher)
     def launch(first: Tensor, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        """The launcher's result, with the first argument's device as the current one."""
         with torch.cuda.device_of(first):
             return launcher(first, *args, **kwargs)
 

@@ -22,6 +22,7 @@ def eager(op: Any, function: type[torch.autograd.Function]) -> None:
     """Let eager graphs call `function` where compilers call `op`."""
 
     def call(*args: Any) -> Any:
+        """The op's result, by the autograd.Function."""
         return function.apply(*args)
 
     call.__name__ = call.__qualname__ = f"eager_{op.name().partition('::')[2]}"
@@ -42,6 +43,7 @@ def first_derivative_only(
     """Let the second derivative through `op` fail by name and not by a missing formula."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Raises DoubleBackwardError."""
         raise DoubleBackwardError(f"{op} has no second derivative; {instead}")
 
     torch.library.register_autograd(op, backward, setup_context=lambda ctx, inputs, output: None)
@@ -73,9 +75,11 @@ def autocast(name: str) -> None:
 
     # torch.library.register_autocast fixes the dtype at registration; a user's autocast may name another
     def kernel_for(device: str) -> Callable[..., Any]:
+        """What the dispatcher calls for the op under autocast of a device type ("cpu", "cuda")."""
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
         def kernel(*args: Any) -> Any:
+            """The op below autocast, with its operands in autocast's dtype of the moment."""
             dtype = torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
                 return op(*(a.to(dtype) if i in _OPERANDS and a is not None else a for i, a in enumerate(args)))

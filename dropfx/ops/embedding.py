@@ -92,12 +92,14 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0
     ) -> Tensor:
+        """Kept columns of the rows of weight [V, N] at `ids`: [*ids.shape, width]."""
         out = _embedding(ids, weight, cols, run, padding_idx, leading)
         _save(ctx, (ids, weight, cols, run, padding_idx, leading), out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """dW [V, N] from grad [*ids.shape, width], zeros in the dropped columns; None for the other arguments."""
         return _grad(ctx, grad, _embedding_backward)
 
 

@@ -27,6 +27,7 @@ class KeptAxis(NamedTuple):
 
     @property
     def grouped(self) -> bool:
+        """Whether each group of rows keeps units of its own: starts are [groups, count]."""
         return self.starts is not None and self.starts.dim() == 2
 
     def ends(self, rows: int) -> list[int]:

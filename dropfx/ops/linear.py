@@ -236,6 +236,7 @@ def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """dx, dW and db as far as they are asked for, and None for the other arguments."""
         x, weight, rows, cols = ctx.saved_tensors
         runs = rows, ctx.row_run, cols, ctx.col_run
         grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
@@ -281,6 +282,7 @@ class _Linear(torch.autograd.Function):
         row_leading: int = 0,
         col_leading: int = 0,
     ) -> Tensor:
+        """y [*, N'] = scale * x [*, K'] @ W[rows, cols]^T + b[rows]; the kept weight is held for the input gradient."""
         parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
         ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
@@ -294,6 +296,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """dx [*, K'], dW [N, K], db [N] from grad [*, N'] as far as they are asked for, and None for the rest."""
         x, weight = ctx.saved_tensors
         dx = None
         if ctx.compact is not None and not torch.is_grad_enabled():

@@ -61,6 +61,7 @@ def formula(take_units: Any) -> Callable[..., tuple[Any, ...]]:
     """The derivative by a take."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        """Gradients of base and y as far as they are asked for, summed where these were broadcast, and None."""
         (starts,) = ctx.saved_tensors
         base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
         y = None
@@ -88,6 +89,7 @@ class _ResidualAdd(torch.autograd.Function):
         alpha: float,
         leading: int = 0,
     ) -> Tensor:
+        """base + alpha * y with y's kept units at their places of axis `dim`; base is not written into."""
         inputs = base, y, starts, run, dim, units, alpha, leading
         out = _residual_add(*inputs)
         _save(ctx, inputs, out)
@@ -95,6 +97,7 @@ class _ResidualAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The kept units of grad for y, all of them for base, summed where these were broadcast."""
         return formula(EAGER[take_op])(ctx, grad)
 
 

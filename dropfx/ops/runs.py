@@ -26,6 +26,7 @@ class Runs(NamedTuple):
 
     @property
     def width(self) -> int:
+        """Kept positions, padding included."""
         return self.starts.numel() * self.run
 
     def window(self) -> int | None:

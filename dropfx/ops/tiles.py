@@ -217,6 +217,7 @@ def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """dx, dW and db as far as they are asked for, and None for the other arguments."""
         x, weight, lattice = ctx.saved_tensors
         shape = ctx.tile_rows, ctx.tile_cols
         grads = backward_op(grad, x, weight, *shape, lattice, ctx.scale, ctx.mask)
@@ -240,6 +241,7 @@ class _TiledLinear(torch.autograd.Function):
         lattice: Tensor,
         scale: float,
     ) -> Tensor:
+        """y [*, N] = scale * x [*, K] @ (W * kept tiles)^T + b; the kept tiles are held for the input gradient."""
         ctx.tiles = tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
         weights = tiles.take(weight)
         ctx.scale, ctx.dtype, ctx.bias = scale, x.dtype, bias if ctx.needs_input_grad[2] else None
@@ -250,6 +252,7 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """dx [*, K], dW [N, K], db [N] from grad [*, N] as far as they are asked for, and None for the rest."""
         x, weight = ctx.saved_tensors
         weights = None
         if weight is not None:

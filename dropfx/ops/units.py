@@ -70,22 +70,26 @@ torch.library.register_autograd(put_op, put_formula(take_op), setup_context=_sav
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+        """The kept units of axis `dim` of x."""
         _save_take(ctx, (x, starts, run, dim, leading), x)
         return _take(x, starts, run, dim, leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """grad at the places of the kept units, zeros elsewhere; None for the other arguments."""
         return take_formula(EAGER[put_op])(ctx, grad)
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+        """y at the places of the kept units of axis `dim`, which gets `units` positions; zeros elsewhere."""
         _save_put(ctx, (y, starts, run, dim, units, leading), y)
         return _put(y, starts, run, dim, units, leading)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The kept units of grad; None for the other arguments."""
         return put_formula(EAGER[take_op])(ctx, grad)
 
 

@@ -38,6 +38,11 @@ class Block(Pattern):
             raise InvalidOption(f"block: got {self.size!r}, accepted are 'auto' and integers >= 1")
 
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        """See `Pattern.realise`: the k of n/b blocks nearest to the rate; with "auto" the largest b that meets it.
+
+        Raises:
+            PatternRefused: fewer than two blocks, or with "auto" no size that meets the rate to 0.02.
+        """
         if isinstance(self.size, int):
             return _fit(units, rate, self.size, groups)
         if units < 2:
@@ -54,6 +59,7 @@ class Block(Pattern):
         )
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        """See `Pattern.choose`: the blocks with the largest hashes; groups are dealt theirs from shuffled decks."""
         if fit.groups == 1:
             chosen = hashes.topk(fit.count, dim=1, sorted=False).indices
         else:

@@ -41,11 +41,17 @@ class Row(Pattern):
             raise InvalidOption(f"scale: got {self.scale!r}, accepted are 'global' and 'period'")
 
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        """See `Pattern.realise`: the probabilities of the periods that meet the rate.
+
+        Raises:
+            PatternRefused: a single unit, or a rate that no distribution up to the largest period meets.
+        """
         if units < 2:
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         return _fit(units, rate, self.max_period, groups, ragged=groups > 1 or self.scale == "period")
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        """See `Pattern.choose`: as many starts as the drawn period leaves, each of a single unit."""
         return [self._one(hashes, *lattice, fit) for lattice in _lattices(hashes, fit)]
 
     def _one(self, hashes: Tensor, period: int, bias: int, fit: Realisation) -> Kept:
@@ -98,6 +104,11 @@ class Tile(Pattern):
         return max(-(-rows // self.shape[0]), -(-columns // self.shape[1]))
 
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        """See `Pattern.realise`; `units` are tiles along the longer side of the weight.
+
+        Raises:
+            PatternRefused: several groups, a single tile, or a rate that no distribution of periods meets.
+        """
         if groups != 1:
             raise PatternRefused("tiles of a weight are shared by the whole batch: groups must be 1")
         if units < 2:
@@ -105,6 +116,7 @@ class Tile(Pattern):
         return _fit(units, rate, self.max_period, groups, ragged=False)
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[KeptTiles]:
+        """See `Pattern.choose`: a period and a bias for each site."""
         return [KeptTiles(torch.tensor(lattice), fit.scale) for lattice in _lattices(hashes, fit)]
 
 

@@ -68,6 +68,7 @@ def _exact(rate: float, dropped: Tensor) -> Tensor:
     shares = dropped.tolist()
 
     def distribution(t: float) -> list[float]:
+        """Probabilities of the periods, d_i ~ exp(theta * share_i), theta = t / (1 - |t|) for -1 < t < 1."""
         theta = t / (1.0 - abs(t))
         top = max(theta * share for share in shares)
         weights = [math.exp(theta * share - top) for share in shares]
@@ -75,6 +76,7 @@ def _exact(rate: float, dropped: Tensor) -> Tensor:
         return [weight / total for weight in weights]
 
     def excess(t: float) -> float:
+        """By how much the rate of that distribution is above the one asked for; grows with t."""
         return math.fsum(d * share for d, share in zip(distribution(t), shares, strict=True)) - rate
 
     low, high = math.nextafter(-1.0, 0.0), math.nextafter(1.0, 0.0)

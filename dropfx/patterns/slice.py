@@ -19,6 +19,11 @@ class Slice(Pattern):
     name = "slice"
 
     def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+        """See `Pattern.realise`: the window whose length is nearest to the rate.
+
+        Raises:
+            PatternRefused: a single unit, or no length that meets the rate to 0.02.
+        """
         if units < 2:
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         kept = nearest_count(units, rate)
@@ -28,6 +33,7 @@ class Slice(Pattern):
         return Realisation(units=units, run=kept, count=1, numbers=1, drawn_rate=drawn, groups=groups)
 
     def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+        """See `Pattern.choose`: one start for each site, uniform over the units; groups have theirs evenly spaced."""
         starts = hashes & _NON_NEGATIVE
         if fit.groups > 1:
             # evenly spaced windows cover each unit floor or ceil of kept * groups / units times

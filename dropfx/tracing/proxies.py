@@ -29,6 +29,7 @@ class Shape(tuple[Any, ...]):
     """A tensor's sizes as a tuple of scalar proxies."""
 
     def numel(self) -> Any:
+        """Product of the sizes, a scalar proxy where one of them is."""
         total: Any = 1
         for size in self:
             total = total * size
@@ -42,6 +43,7 @@ class Proxy(fx.Proxy):
 
     @property
     def value(self) -> Any:
+        """The fake: a FakeTensor, a symbolic number, or a structure of them."""
         return self.node.meta["val"]
 
     @classmethod
@@ -103,6 +105,7 @@ class TensorProxy(Proxy):
         return self.tracer.record("call_function", getattr, (self, name), {})
 
     def size(self, dim: int | None = None) -> Any:
+        """A size as a scalar proxy; all of them as a `Shape` where no `dim` is named."""
         if dim is None:
             return Shape(self.size(d) for d in range(self.value.dim()))
         return self.tracer.record("call_method", "size", (self, dim), {})
@@ -165,6 +168,7 @@ def python_isinstance() -> Iterator[None]:
     original = builtins.isinstance
 
     def isinstance(obj: Any, classes: Any) -> bool:
+        """As the builtin, where a proxy of a tensor or number is an instance of its fake's classes too."""
         if original(obj, classes):
             return True
         if type(obj) is Proxy and not _asked_by_us():
@@ -183,6 +187,7 @@ def _inplace(name: str) -> Callable[[Proxy, Any], Any]:
     target = getattr(operator, name)
 
     def method(self: Proxy, other: Any) -> Any:
+        """Records the in-place operator."""
         return self.tracer.record("call_function", target, (self, other), {})
 
     return method
@@ -200,11 +205,13 @@ class LiveFloat(float):
     tracer: Tracer
 
     def __new__(cls, value: float, path: str, name: str, tracer: Tracer) -> LiveFloat:
+        """The value of the attribute `name` of the module at `path`."""
         self = super().__new__(cls, value)
         self.path, self.name, self.tracer = path, name, tracer
         return self
 
     def bake(self) -> float:
+        """The plain value, which the graph is then specialised to."""
         self.tracer.guard(self.path, self.name, float(self))
         return float(self)
 
@@ -220,6 +227,7 @@ def _comparison(name: str) -> Callable[[LiveFloat, Any], Any]:
     function = getattr(operator, name)
 
     def method(self: LiveFloat, other: Any) -> Any:
+        """The comparison's result, which is what is guarded, not the value."""
         if isinstance(other, (int, float)) and not isinstance(other, (Proxy, LiveFloat)):
             result = function(float(self), other)
             self.tracer.guard(self.path, self.name, result, lambda value: function(value, other))
@@ -231,6 +239,7 @@ def _comparison(name: str) -> Callable[[LiveFloat, Any], Any]:
 
 def _arithmetic(name: str) -> Callable[..., Any]:
     def method(self: LiveFloat, *others: Any) -> Any:
+        """The operator's result on the plain value, which is guarded."""
         others = tuple(o.bake() if isinstance(o, LiveFloat) else o for o in others)
         value = self.bake()
         result = getattr(value, name)(*others)

@@ -113,15 +113,19 @@ class _Padded(_Form):
         self.data, self.options = (self._x,), (batch_first,)
 
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
+        """Zeros [count, batch, size]."""
         return tracer.record("call_function", torch.zeros, (count, self._x.size(self._axis), size), _like(self._x))
 
     def enter(self, state: Any) -> Any:
+        """The state with a batch axis."""
         return state if self._batched else state.unsqueeze(1)
 
     def leave(self, state: Any) -> Any:
+        """The state without the batch axis that it was given."""
         return state if self._batched else state.squeeze(1)
 
     def result(self, out: Any) -> Any:
+        """The output without the batch axis that it was given."""
         return out if self._batched else out.squeeze(self._axis)
 
 
@@ -138,6 +142,7 @@ class _Packed(_Form):
         self.data, self.batch_sizes = (packed.data, packed.batch_sizes), packed.batch_sizes
 
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
+        """Zeros [count, sequences, size]: as many sequences as the first step has rows."""
         data, batch_sizes = self.data
         with tracer.paused(), tracer.fake_mode:
             value = data.value.new_zeros(count, data.value.size(0) // batch_sizes.value.size(0), size)
@@ -145,14 +150,17 @@ class _Packed(_Form):
         return tracer.record_known("call_function", torch.zeros, sizes, value, _like(data))
 
     def enter(self, state: Any) -> Any:
+        """The state with its sequences in order of their lengths."""
         order = self._packed.sorted_indices
         return state if order is None else state.index_select(1, order)
 
     def leave(self, state: Any) -> Any:
+        """The state with its sequences in the order in which they came."""
         order = self._packed.unsorted_indices
         return state if order is None else state.index_select(1, order)
 
     def result(self, out: Any) -> Any:
+        """The output's rows, packed as the input is."""
         return PackedSequence(out, *self._packed[1:])
 
 

@@ -34,6 +34,7 @@ class Recorder:
         """Does not call on: registries of the user's classes must not meet this copy."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, as the tracer records it; while it is paused, what the forward returns, without hooks."""
         tracer = self._dropfx_tracer
         if tracer.tracing:
             return tracer.call(self, args, kwargs)
@@ -94,6 +95,7 @@ class Builder:
         self.tensors: dict[int, Tensor] = {}
 
     def module(self, module: nn.Module) -> nn.Module:
+        """The skeleton of a module and its children, with the same attributes; a shared one has one."""
         if id(module) in self._memo:
             return self._memo[id(module)]  # type: ignore[no-any-return]
         cls = Opaque if isinstance(module, torch.jit.ScriptModule) else self._original_class(module)
@@ -108,6 +110,7 @@ class Builder:
         return made  # type: ignore[no-any-return]
 
     def tensor(self, tensor: Tensor) -> Tensor:
+        """The fake that stands for a parameter or buffer, one for each; a lazy parameter itself."""
         if is_lazy(tensor):
             return tensor  # without a shape there is nothing to fake
         if id(tensor) not in self.tensors and is_distributed(tensor):

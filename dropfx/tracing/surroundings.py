@@ -63,7 +63,10 @@ def _factories(tracer: Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in names}
 
     def recording(original: Any) -> Any:
+        """The factory, with a recording of calls that are given a proxy."""
+
         def factory(*args: Any, **kwargs: Any) -> Any:
+            """The original's result, or its record."""
             if tracer.tracing and any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
                 return tracer.record("call_function", original, args, kwargs)
             return original(*args, **kwargs)
@@ -85,6 +88,7 @@ def _no_custom_functions() -> Iterator[None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original's result. Raises TraceRefused where a proxy is among the arguments."""
         if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             raise TraceRefused(f"its forward calls an autograd.Function ({cls.__name__})")
         return original.__func__(cls, *args, **kwargs)
@@ -103,6 +107,7 @@ def _variables() -> Iterator[None]:
     original = meta.__call__
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original's result; a proxy without its history for a Variable of one."""
         data = args[0] if args else kwargs.get("data")
         if cls is not torch.autograd.Variable or not isinstance(data, Proxy):
             return original(cls, *args, **kwargs)

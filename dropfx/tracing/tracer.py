@@ -104,6 +104,11 @@ class Tracer(fx.Tracer):
     # -- running the forward -------------------------------------------------------------------------------------
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """Trace the forward for these inputs, tensors as placeholders.
+
+        Raises:
+            TraceRefused: the forward does what a graph would lose, or fix to what it is in this call.
+        """
         leaves, in_spec = pytree.tree_flatten(opened((args, kwargs)))
         proxies = [self._placeholder(i, leaf) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
         inputs, named = pytree.tree_unflatten(proxies, in_spec)
@@ -208,6 +213,7 @@ class Tracer(fx.Tracer):
         self._visited[path] = (module._dropfx_class, bool(path) and hooked(self._original(path)))
 
     def refuse(self, reason: str) -> NoReturn:
+        """Raises TraceRefused: the module whose forward is running cannot be traced, for this reason."""
         raise TraceRefused(reason)
 
     # -- what the forward reads ----------------------------------------------------------------------------------
@@ -228,6 +234,7 @@ class Tracer(fx.Tracer):
         return value
 
     def guard(self, path: str, name: str, expected: Any, check: Callable[[Any], Any] | None = None) -> None:
+        """The trace holds while `check` of the attribute (its value, without one) at `path` is `expected`."""
         key = (path, name, None if check is None else len(self._guards))
         self._guards.setdefault(key, Guard(path, name, expected, check))
 
@@ -248,6 +255,7 @@ class Tracer(fx.Tracer):
         return self.record("call_function", func, args, kwargs)
 
     def method(self, name: str, args: Any, kwargs: Any) -> Any:
+        """A tensor's method on proxies."""
         return self.record("call_method", name, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
@@ -330,6 +338,11 @@ class Tracer(fx.Tracer):
         return {"name": name, "rate": rate if isinstance(rate, Proxy) else float(rate), "live": live}
 
     def create_arg(self, a: Any) -> Any:
+        """What fx calls for each argument of a node: proxies become nodes, live floats plain, tensors attributes.
+
+        Raises:
+            TraceRefused: the argument is a module, or of a kind that a graph cannot hold.
+        """
         if isinstance(a, Proxy):
             return a.node
         if isinstance(a, LiveFloat):
@@ -353,6 +366,7 @@ class Tracer(fx.Tracer):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Within it nothing is recorded: code of torch's and ours runs on fakes."""
         before, self.tracing = self.tracing, False
         try:
             yield

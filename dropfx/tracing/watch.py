@@ -12,6 +12,7 @@ from torch import nn
 
 
 def modes() -> tuple[Any, ...]:
+    """Grad mode, inference mode, autocast's dtype on each device type (False: off), the hooks of saved tensors."""
     devices = ("cpu", "cuda")
     autocast = tuple(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in devices)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -19,17 +20,20 @@ def modes() -> tuple[Any, ...]:
 
 
 def which_mode(before: tuple[Any, ...], now: tuple[Any, ...]) -> str:
+    """The reason for a refusal: which of the `modes` differs. They must not all be equal."""
     names = ("grad mode", "inference mode", "autocast", "saved-tensor hooks (activation checkpointing)")
     return "its forward changes " + next(n for n, a, b in zip(names, before, now, strict=True) if a != b)
 
 
 def random_state() -> Any:
+    """States of the generators of Python and, where it is imported, NumPy, to be compared."""
     numpy = sys.modules.get("numpy")
     numbers = None if numpy is None else tuple(numpy.random.get_state()[1].tolist())
     return random.getstate(), numbers
 
 
 def restore_random(state: Any) -> None:
+    """Set the generators back to what `random_state` returned; does nothing where they are there still."""
     if random_state() == state:
         return
     random.setstate(state[0])

@@ -66,7 +66,7 @@ class Launches:
         self.sources.append((ASTSource(kernel, signature, constants, attributes), options))
 
 
-def launch_all(dtype: torch.dtype, activation: str) -> None:
+def launch_all(dtype: torch.dtype) -> None:
     """One launch of each kernel and kind of addressing."""
     rows, units, run = 8192, 8192, 64
     x, w = (torch.empty(rows, units, dtype=dtype, device="meta") for _ in range(2))
@@ -74,7 +74,8 @@ def launch_all(dtype: torch.dtype, activation: str) -> None:
     dense = Axis(None, 0, units)
     blocks = Axis(torch.empty(units // run // 2, dtype=torch.int64, device="meta"), run, units)
     half = x[:, : units // 2].contiguous()
-    kernels.gathered_matmul(half, w, dense, blocks, bias=bias, scale=2.0, activation=activation)
+    for activation in ("tanh", "gelu"):  # those that need the most registers
+        kernels.gathered_matmul(half, w, dense, blocks, bias=bias, scale=2.0, activation=activation)
     kernels.gathered_matmul(x, w.t(), blocks, dense)
     kernels.gathered_matmul(half, w, blocks, blocks)
     grouped = blocks._replace(starts=torch.empty(64, units // run // 2, dtype=torch.int64, device="meta"))
@@ -126,10 +127,8 @@ def compiled(source: ASTSource, options: dict[str, int], arch: int) -> dict[str,
 
 
 def tiles_of(dtype: torch.dtype, arch: int, every: bool) -> list[Config | None]:
-    """None for those of the table; every: and all that tuning tries."""
-    size = dtype.itemsize
-    wide = configs.WIDE[size] if arch >= 90 else ()
-    return [None, *((configs.SMALL[size], *configs.OTHERS[size], *wide) if every else ())]
+    """None for those of the table; every: and all that tuning tries, for every product."""
+    return [None, *(configs.tuned(dtype.itemsize, arch // 10) if every else ())]
 
 
 @contextmanager
@@ -147,8 +146,7 @@ def tile_of_all(tile: Config | None) -> Iterator[None]:
 def compiled_for(dtype: torch.dtype, arch: int, tile: Config | None, launches: Launches) -> Iterator[dict[str, Any]]:
     launches.sources.clear()
     with tile_of_all(tile):
-        # what training fuses gets every tile; erf, whose constants take registers, the table's
-        launch_all(dtype, "gelu" if tile is None else "tanh")
+        launch_all(dtype)
     for number, (source, options) in enumerate(launches.sources):
         name = f"{source.fn.__module__.rpartition('.')[2]}.{source.name} {number}"
         yield {"kernel": name, "tile": tile, "dtype": TYPES[dtype], **compiled(source, options, arch)}

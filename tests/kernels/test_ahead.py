@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from dropfx.kernels import configs
+
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-PRODUCTS = 13
+PRODUCTS = 14
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes that a program may have."""
 
@@ -72,7 +74,9 @@ def test_other_precisions(arch: int) -> None:
 @pytest.mark.parametrize("arch", INSTRUCTION)
 def test_every_tile_that_tuning_tries(arch: int, dtype: str) -> None:
     found = compiled(dtype, arch, "all")
-    assert len({str(kernel["tile"]) for kernel in found}) > 3
+    tiles = {kernel["tile"] and tuple(kernel["tile"]) for kernel in found}
+    size = 4 if dtype == "fp32" else 2
+    assert tiles == {None, *map(tuple, configs.tuned(size, arch // 10))}
     for kernel in found:
         check_resources(kernel)
     if dtype != "fp32":

@@ -271,6 +271,15 @@ def test_tanh_keeps_its_digits_near_zero() -> None:
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
+def test_gelu_keeps_its_digits_far_below_zero() -> None:
+    """Relative to its value, which PyTorch's own loses there: 1 + erf(x) is a difference."""
+    x = torch.cat([torch.linspace(-6, 6, 300), torch.logspace(-30, 1, 200)]).to(DEVICE)[:, None]
+    one = torch.ones(1, 1, device=DEVICE)
+    y = kernels.gathered_matmul(x, one, Axis(None, 0, 1), Axis(None, 0, 1), activation="gelu")
+    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    torch.testing.assert_close(y.double(), exact, rtol=5e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (5, 0)])
 def test_empty(shape: tuple[int, int]) -> None:
     x, dense = torch.randn(*shape, device=DEVICE), Axis(None, 0, shape[1])

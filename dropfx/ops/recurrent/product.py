@@ -37,6 +37,7 @@ def _packed(weight: Tensor, batch: int) -> Product:
     convolve = torch.ops.mkldnn._convolution_pointwise.binary
 
     def product(x: Tensor, y: Tensor) -> Tensor:
+        """x [b, K] @ weight^T + y [b, N], as an image of b pixels."""
         image, added = _image(x), _image(y)
         out = convolve(image, added, packed, None, zeros, ones, ones, 1, "add", 1.0, None, [], None)
         rows: Tensor = out.permute(0, 2, 3, 1).view(y.shape)

@@ -200,6 +200,7 @@ class _Recurrence(torch.autograd.Function):
         batch_sizes: Tensor | None,
         reverse: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [T, B, H], or [rows, H] of packed input, and the last states h and c, from the gates' input `pre`."""
         weights = Weights(w_hh, b_hh, w_hr)
         out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
         saved = saved._replace(gates=out) if kind.startswith("rnn") else saved
@@ -211,6 +212,11 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Gradients of pre, states and weights as far as they are asked for.
+
+        Raises:
+            DoubleBackwardError: under create_graph.
+        """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a recurrence has no second derivative; {_INSTEAD}")
         tensors = ctx.saved_tensors
