@@ -90,6 +90,7 @@ def _stacked(node: fx.Node) -> tuple[int, int] | None:
 
 
 def stack_operands(node: fx.Node, axis: Axis) -> Operands | None:
+    """The stacked tensors, compact along the axis that the result's axis was; None along the new axis."""
     found, sources = _stacked(node), _along_sources(node)
     if found is None or not sources:
         return None
@@ -99,6 +100,7 @@ def stack_operands(node: fx.Node, axis: Axis) -> Operands | None:
 
 
 def stack_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+    """The axis of the result that an axis of a stacked tensor becomes."""
     found = _stacked(node)
     if found is None or operand not in _along_sources(node):
         return None
@@ -108,6 +110,7 @@ def stack_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
 
 
 def stack_keeps_first(node: fx.Node) -> bool:
+    """Whether the first axis of the result is that of the stacked tensors."""
     found = _stacked(node)
     return found is not None and found[0] != 0
 
