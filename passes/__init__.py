@@ -22,6 +22,7 @@ from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.recognise_masks import recognise_masks
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
+from dropfx.passes.rewrite_recurrent import rewrite_recurrent
 from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
@@ -47,6 +48,7 @@ PIPELINE = (
     rewrite_views,
     rewrite_linear,
     rewrite_embedding,
+    rewrite_recurrent,
     rewrite_residual,
     join_recurrent,
     join_cells,
