@@ -213,7 +213,7 @@ def recurrent_weight(node: fx.Node) -> fx.Node | None:
 
 def _recurrent_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
     (weight, *others), at = read, region.forms[read[0]]
-    if not others and list(node.all_input_nodes).count(weight) == 1 and at.dim in (-1, -2):
+    if not others and node.args.count(weight) == 1 and region.leading is None:
         region.sinks.add(node)
         region.wants[node] = {weight: at}
 

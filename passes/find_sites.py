@@ -81,8 +81,8 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
 
 
 def drops_recurrent_weight(site: fx.Node) -> bool:
-    """Whether the dropped value is the weight W_hh of recurrences alone: there is one of it for all rows and steps."""
-    return bool(site.users) and all(recurrent_weight(user) is site for user in site.users)
+    """Whether the dropped value is the weight W_hh of a recurrence: there is one of it for all rows and steps."""
+    return any(recurrent_weight(user) is site for user in site.users)
 
 
 def _groups(site: Site, context: Context) -> int:

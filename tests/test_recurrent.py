@@ -429,5 +429,5 @@ def test_tiles(bidirectional: bool) -> None:
 def test_explain_names_what_runs_as_written() -> None:
     args, _ = CASES["lstm_parametrized"].call(4)
     subclass = "it is a subclass of LSTM with a permute_hidden of its own"
-    assert dropfx.explain(CASES["lstm_own_method"].make(), *args).opaque["rnn"] == subclass
+    assert subclass in dropfx.explain(CASES["lstm_own_method"].make(), *args).opaque["rnn"]
     assert "its weights are parametrized" in dropfx.explain(CASES["lstm_parametrized"].make(), *args).opaque["rnn"]
