@@ -20,6 +20,7 @@ from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.recognise_masks import recognise_masks
+from dropfx.passes.recognise_row_masks import recognise_row_masks
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_recurrent import rewrite_recurrent
@@ -34,6 +35,7 @@ AS_WRITTEN = (functionalize, recognise_masks)
 PIPELINE = (
     functionalize,
     recognise_masks,
+    recognise_row_masks,
     drop_packed,
     expand_recurrent,
     expand_cells,

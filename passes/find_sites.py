@@ -73,6 +73,8 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
     if isinstance(source, fx.Node) and source.op == "get_attr" and not drops_recurrent_weight(node):
         return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
+    if drops_recurrent_weight(node) and value.dim() == 2:
+        return ""
     if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
         return f"its input has {value.dim()} dimension(s)"
     if context.options.along_rows and value.dim() + site.axis < 1:

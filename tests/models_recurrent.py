@@ -301,6 +301,8 @@ wrapped("weight_drop_outside_layers", lambda: WeightDropOutside(LSTM(), names=BO
 wrapped("weight_drop_gru", lambda: WeightDrop(nn.GRU(64, 64)), _TWO[0])
 wrapped("weight_drop_rnn", lambda: WeightDropOutside(nn.RNN(64, 64)), _TWO[0])
 wrapped("weight_drop_projected", lambda: WeightDrop(nn.LSTM(64, 80, proj_size=64)), _TWO[0])
+wrapped("weight_drop_rows", lambda: WeightDrop(nn.LSTM(64, 64), variational=True), _TWO[0])
+wrapped("weight_drop_rows_layers", lambda: WeightDrop(nn.GRU(64, 64, 2), BOTH, variational=True), *_TWO)
 wrapped("weight_drop_own", lambda: DropsOwnWeight(64, 64), _TWO[0])
 
 

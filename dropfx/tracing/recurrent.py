@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
 """Modules whose forward is recorded so, those of subclasses that call it included."""
 
+_ZEROS = torch.zeros  # while a trace is made another function has this name
+
 _OWN_METHODS = (
     *("__getattr__", "__getattribute__", "__setattr__", "check_input", "check_hidden_size", "check_forward_args"),
     *("get_expected_hidden_size", "get_expected_cell_size", "permute_hidden"),
@@ -158,7 +160,7 @@ class _Padded(_Form):
         self.data, self.options = (self._x,), (batch_first,)
 
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
-        return tracer.record("call_function", torch.zeros, (count, self._x.size(self._axis), size), _like(self._x))
+        return tracer.record("call_function", _ZEROS, (count, self._x.size(self._axis), size), _like(self._x))
 
     def enter(self, state: Any) -> Any:
         return state if self._batched else state.unsqueeze(1)
@@ -187,7 +189,7 @@ class _Packed(_Form):
         with tracer.paused(), tracer.fake_mode:
             value = data.value.new_zeros(count, data.value.size(0) // batch_sizes.value.size(0), size)
         sizes = count, batch_sizes[0], size
-        return tracer.record_known("call_function", torch.zeros, sizes, value, _like(data))
+        return tracer.record_known("call_function", _ZEROS, sizes, value, _like(data))
 
     def enter(self, state: Any) -> Any:
         order = self._packed.sorted_indices
