@@ -202,3 +202,55 @@ def test_gathered_weights_stay_out_of_the_function_in_one_piece() -> None:
     targets = [node.target for node in graph.nodes]
     assert targets.count(ops.EAGER[ops.recurrence_op]) == targets.count(torch.lstm) == 1
     assert F.dropout not in targets
+
+
+def test_disabled_drops_nothing() -> None:
+    original, compiled = (around(WeightDrop(nn.LSTM(64, 64))).double() for _ in range(2))
+    compiled.load_state_dict(original.state_dict())
+    dropfx.compile(compiled, min_speedup=0)
+    x = example(dtype=torch.float64)
+    compiled(x)
+    with dropfx.disabled():
+        ours = compiled(x)
+    original.rnn.p = original.drop1.p = original.drop2.p = 0.0
+    torch.testing.assert_close(ours, original(x))
+
+
+def test_rates_of_nothing_and_everything() -> None:
+    model, other = (around(WeightDrop(nn.LSTM(64, 64))).double() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    dropfx.compile(model, min_speedup=0)
+    for p in (0.5, 1.0, 0.25, 0.0):  # a rate of 0 last, behind which the original cannot write its attribute again
+        model.rnn.p = other.rnn.p = p
+        check_step(other, model, (example(dtype=torch.float64),), dtype=torch.float64)
+
+
+def test_a_weight_that_does_not_pay_is_dropped_as_written() -> None:
+    """PyTorch's own mask, in the graph that rewrites what is around it."""
+    model = around(WeightDrop(nn.LSTM(64, 64)))
+    dropfx.compile(model)
+    _, masks = compiled_run(model, (example(),))
+    assert SITE not in masks
+    assert model.rnn.module.weight_hh_l0_raw.grad is not None
+
+
+def test_training_learns_the_raw_weight() -> None:
+    model = dropfx.compile(around(WeightDropOutside(nn.LSTM(64, 64))), min_speedup=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    before = model.rnn.weight_hh_l0_raw.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with dropfx.testing.record() as masks:
+            model(example()).square().mean().backward()
+        dropped = masks[0][SITE].view(-1) == 0
+        assert not model.rnn.weight_hh_l0_raw.grad[:, dropped].any()
+        optimizer.step()
+    assert not torch.equal(before, model.rnn.weight_hh_l0_raw)
+
+
+def test_frozen_weight() -> None:
+    model = around(WeightDrop(nn.LSTM(64, 64)))
+    model.rnn.module.weight_hh_l0_raw.requires_grad_(False)
+    dropfx.compile(model, min_speedup=0)(example()).sum().backward()
+    assert model.rnn.module.weight_hh_l0_raw.grad is None
+    assert model.rnn.module.weight_ih_l0.grad is not None
