@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from dropfx import ops
 from dropfx.devices import DeviceCosts
 from dropfx.graphs import argument, matrix_of, op_name, value_of
-from dropfx.regions import GEMMS, Prices, Region
+from dropfx.regions import Prices, Region, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""
@@ -27,12 +28,13 @@ def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     return rows, weight.size(0), weight.size(1), 1 + sum(bool(o.meta.get("asks_gradient")) for o in operands)
 
 
-def recurrent_flops(node: fx.Node) -> int:
-    """FLOPs of the products of a recurrence with W_hh and W_hr, which no site shrinks: forward and both gradients."""
+def recurrent_flops(node: fx.Node, keep: float = 1.0) -> int:
+    """FLOPs of a recurrence's products with W_hh, of which a share is kept, and W_hr: forward and both gradients."""
     pre, weights = value_of(node.args[1]), [value_of(node.args[place]) for place in (4, 6)]
     assert pre is not None
     rows = pre.numel() // pre.size(-1)
-    return sum(2 * rows * weight.numel() * 3 for weight in weights if weight is not None)
+    shares = zip(weights, (keep, 1.0), strict=True)
+    return sum(round(2 * rows * weight.numel() * 3 * share) for weight, share in shares if weight is not None)
 
 
 def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:
@@ -59,8 +61,8 @@ def _weight_read(region: Region, linear: fx.Node) -> tuple[Any, bool]:
 
 def everything_prices(region: Region) -> Prices:
     """Prices under which the cut computes compact all that can be: matrix products first, then copies saved."""
-    value = {node: 10**6 if op_name(node) in GEMMS else 0 for node in region.nodes}
-    value |= {node: 10**3 for node in region.sinks if op_name(node) not in GEMMS}
+    value = {node: 10**6 if is_product(node) else 0 for node in region.nodes}
+    value |= {node: 10**3 for node in region.sinks if not is_product(node)}
     read = {value: 1 for node in region.nodes for value in (node, *region.wants.get(node, {}))}
     return Prices(dict.fromkeys(region.nodes, 0), value, read, read)
 
@@ -77,6 +79,9 @@ def _labels(
         else:
             keep_out = keep
         return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
+    if node.target is ops.recurrence_op:
+        times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
+        return _nanoseconds(times[1]), _nanoseconds(times[0])
     if node is region.site:
         return _nanoseconds(2 * costs.move(elements * keep, itemsize)), _nanoseconds(costs.dropout(elements, itemsize))
     if node in region.sinks:  # residual add
@@ -107,6 +112,34 @@ def _linear(
     time = groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
     moved = groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
     return time + (moved + costs.move(n * k, itemsize, 1)) / sharing  # zeros
+
+
+_CALLS_A_STEP = 15
+"""Operations of an LSTM's step besides its product, 9 forward and 6 backward, where our own code walks the steps."""
+_PASSES_A_STEP = 67
+"""Values a unit that these read and write: 28 and 24, and 15 for the slopes of all steps."""
+
+
+def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[float, float]:
+    """Seconds of the steps of a recurrence, forward and backward: as written, and with a share of W_hh kept.
+
+    PyTorch has some recurrences in one piece, whose steps spend nothing between their products; none of a kept weight.
+    """
+    pre, state, weight = (value_of(node.args[place]) for place in (1, 2, 4))
+    assert pre is not None
+    assert state is not None
+    assert weight is not None
+    batch, (n, k), itemsize = state.size(0), weight.shape, pre.element_size()
+    rows = pre.numel() // pre.size(-1)
+    steps = math.ceil(rows / max(batch, 1))
+
+    def products(share: float) -> float:
+        return steps * 2 * costs.gemm(batch, n, k * share, itemsize) + costs.gemm(n, k * share, rows, itemsize)
+
+    own = steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), itemsize, _PASSES_A_STEP)
+    # each step takes of the state and puts into its gradient; the kept weight is copied, and its gradient put
+    moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
+    return products(1.0) + (0 if node.meta.get("one_piece") else own), products(keep) + own + moved
 
 
 def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:

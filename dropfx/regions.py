@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 from networkx.algorithms.flow import shortest_augmenting_path
 from torch import fx, nn
 
+from dropfx import ops
 from dropfx.axis_rules import Axis, Operands, rule_of
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Site
 
 _INFINITE = float("inf")  # given, not left out: adding an edge again keeps an earlier capacity
 GEMMS = ("linear", "embedding")
+_RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")
 
@@ -37,7 +39,7 @@ class Region:
         forms: compact-capable value -> where the units lie in it (producers, unit-wise nodes, the site).
         wants: node -> operand -> the form in which it reads that operand when it is compact.
         before: the nodes of `forms` that precede the site.
-        sinks: consumers, which read compact and emit dense: Linear, residual add.
+        sinks: consumers, which read compact and emit dense: Linear, recurrence of a dropped weight, residual add.
         probabilities: the site drops the outcome of a softmax over its units.
         leading: length of the site's first axis where the draws differ along it, else None.
         straight: values whose first axis is the site's.
@@ -165,6 +167,8 @@ def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> 
         free = not ("pinned" in node.meta or "site" in node.meta)
         if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
+        elif free and node not in taken and recurrent_weight(node) in read:
+            _recurrent_consumer(region, node, read)
         elif free and node not in taken and (at := _unitwise_after(region, node, read, zeros)) is not None:
             region.forms[node] = at
             zeros.add(node)
@@ -196,6 +200,23 @@ def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None
         raise RegionRefused("a Linear after it contracts another axis")
     region.sinks.add(node)
     region.wants[node] = {source: region.forms[source]}
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether it has work that compact operands spare."""
+    return op_name(node) in GEMMS or node.target is ops.recurrence_op
+
+
+def recurrent_weight(node: fx.Node) -> fx.Node | None:
+    """The weight W_hh of a recurrence, None for any other node."""
+    return cast(fx.Node, node.args[_RECURRENT_WEIGHT]) if node.target is ops.recurrence_op else None
+
+
+def _recurrent_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
+    (weight, *others), at = read, region.forms[read[0]]
+    if not others and node.args.count(weight) == 1 and region.leading is None:
+        region.sinks.add(node)
+        region.wants[node] = {weight: at}
 
 
 def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]) -> Axis | None:

@@ -157,6 +157,7 @@ class _Substitute(TorchFunctionMode):
         self.calls: Counter[str] = Counter()
         self._functional: Counter[str] = Counter()
         self._draws: Counter[str] = Counter()
+        self._recurrences: Counter[str] = Counter()
         self._tiles = tiles
         self._tiled: list[tuple[Tensor, Iterator[Tensor]]] = []
 
@@ -201,7 +202,7 @@ class _Substitute(TorchFunctionMode):
         """torch.lstm or its kin, with the masks of the dropouts between its layers, or of the weights behind them."""
         packed = isinstance(args[3], (list, tuple))  # the data comes with its batch sizes
         layers, rate, train = args[4 + packed : 7 + packed]
-        names = [self._gap_name(gap) for gap in range(layers - 1)]
+        names = self._gap_names(layers - 1)
         weights = list(args[2 + packed])
         tiled = [bool(masks) for masks in self._mask_inputs(args[0], names, weights, layers, args[7 + packed])]
         args = (*args[: 2 + packed], weights, *args[3 + packed :])
@@ -233,11 +234,12 @@ class _Substitute(TorchFunctionMode):
                     weights[place * each] = weight if mask is None else weight * mask.to(weight.dtype)
         return gaps
 
-    def _gap_name(self, gap: int) -> str:
-        """Of the dropout behind a layer of the recurrent module that is running."""
-        path, calls = self._names[self._stack[-1]], self.calls[self._names[self._stack[-1]]]
-        name = f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]"
-        return name if calls == 1 else f"{name}#{calls}"
+    def _gap_names(self, gaps: int) -> list[str]:
+        """Of the dropouts behind the layers of the recurrent module that is running."""
+        path = self._names[self._stack[-1]]
+        self._recurrences[path] += 1
+        names = [f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]" for gap in range(gaps)]
+        return names if self._recurrences[path] == 1 else [f"{name}#{self._recurrences[path]}" for name in names]
 
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self._tiled:
@@ -251,6 +253,7 @@ class _Substitute(TorchFunctionMode):
         self.calls.clear()
         self._functional.clear()
         self._draws.clear()
+        self._recurrences.clear()
         self._tiled.clear()
 
     def _name(self) -> str:

@@ -21,8 +21,10 @@ from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.recognise_masks import recognise_masks
+from dropfx.passes.recognise_row_masks import recognise_row_masks
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
+from dropfx.passes.rewrite_recurrent import rewrite_recurrent
 from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
@@ -35,6 +37,7 @@ AS_WRITTEN = (functionalize, recognise_masks)
 PIPELINE = (
     functionalize,
     recognise_masks,
+    recognise_row_masks,
     drop_packed,
     expand_recurrent,
     expand_cells,
@@ -49,6 +52,7 @@ PIPELINE = (
     rewrite_views,
     rewrite_linear,
     rewrite_embedding,
+    rewrite_recurrent,
     rewrite_residual,
     join_recurrent,
     join_cells,

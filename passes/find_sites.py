@@ -9,6 +9,7 @@ from torch import fx, nn
 from dropfx.graphs import argument, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
+from dropfx.regions import recurrent_weight
 from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
 
@@ -67,9 +68,13 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
     if node.target is shared_dropout and (reason := _one_mask(node, context)):
         return reason
     if isinstance(context.options.pattern, Tile):
+        if drops_recurrent_weight(node):
+            return "it drops the weight of a recurrence, of which patterns of units skip columns, and tiles nothing"
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
-    if isinstance(source, fx.Node) and source.op == "get_attr":
+    if isinstance(source, fx.Node) and source.op == "get_attr" and not drops_recurrent_weight(node):
         return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
+    if drops_recurrent_weight(node) and value.dim() == 2:
+        return ""
     if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
         return f"its input has {value.dim()} dimension(s)"
     if context.options.along_rows and value.dim() + site.axis < 1:
@@ -77,8 +82,15 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
     return ""
 
 
+def drops_recurrent_weight(site: fx.Node) -> bool:
+    """Whether the dropped value is the weight W_hh of a recurrence: there is one of it for all rows and steps."""
+    return any(recurrent_weight(user) is site for user in site.users)
+
+
 def _groups(site: Site, context: Context) -> int:
     """Draws a call: one a step where there are steps, [T, B, units]; in a loop over steps each call draws anyway."""
+    if site.node is not None and drops_recurrent_weight(site.node):
+        return 1
     if context.options.groups != "time":
         return context.options.groups
     by_step = context.time_axis is not None and site.rank == 3 and site.axis == -1

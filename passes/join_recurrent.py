@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dropfx import ops
 from dropfx.graphs import argument, value_of
+from dropfx.one_piece import in_one_piece
 from dropfx.pass_infra import Context, PassResult
 
 
@@ -23,7 +24,7 @@ def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
     """Join the layers whose kind the device has in one piece."""
     modified = False
     for node in list(module.graph.nodes):
-        if node.target is not ops.recurrence_op or not _in_one_piece(node, context):
+        if node.target is not ops.recurrence_op or _keeps_weight(node) or not in_one_piece(node, context):
             continue
         inputs = _inputs(node)
         if inputs is not None:
@@ -32,17 +33,9 @@ def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
     return PassResult(module, modified)
 
 
-def _in_one_piece(node: fx.Node, context: Context) -> bool:
-    kind, pre, *_, w_hr, batch_sizes, reverse = node.args
-    value = value_of(pre)
-    packed = batch_sizes is not None
-    if value is None or (reverse and packed):  # no function visits packed rows backwards alone
-        return False
-    if value.device.type == "cuda":
-        return bool(torch.backends.cudnn.is_available())
-    # for compilers there is an op of one layer of padded rows
-    one_dnn = value.device.type == "cpu" and torch.backends.mkldnn.is_available() and (context.eager or not packed)
-    return one_dnn and kind == "lstm" and w_hr is None and value.dtype is torch.float32
+def _keeps_weight(node: fx.Node) -> bool:
+    """Whether W_hh is compact, which no function in one piece takes."""
+    return len(node.args) > 9
 
 
 class _Inputs(NamedTuple):

@@ -14,9 +14,10 @@ from torch import fx
 from dropfx import ops
 from dropfx.axis_rules import Axis
 from dropfx.graphs import argument, op_name, value_of
+from dropfx.one_piece import in_one_piece
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.prices import everything_prices, linear_products, recurrent_flops, region_prices
-from dropfx.regions import GEMMS, Region, RegionRefused, cut, ends, grow, price
+from dropfx.regions import Region, RegionRefused, cut, ends, grow, is_product, price
 
 _SWEEPS = 5
 
@@ -38,6 +39,8 @@ class _Choice:
 def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     """Choose the compact nodes of every site; sites without gain get their reason."""
     chosen: dict[int, _Choice] = {}
+    for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
+        node.meta["one_piece"] = in_one_piece(node, context)
     _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
     candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.realisation is not None]
@@ -81,7 +84,7 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
     compact = cut(region, prices if options.min_speedup > 0 else everything_prices(region))
     site.predicted_speedup = sum(prices.dense.values()) / max(price(region, compact, prices), 1)
     site.reason = ""
-    if not any(op_name(n) in GEMMS for n in compact):
+    if not any(map(is_product, compact)):
         site.reason = _no_gain(region)
     elif site.predicted_speedup < options.min_speedup:
         site.reason = f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={options.min_speedup:g}"
@@ -89,7 +92,7 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
 
 
 def _no_gain(region: Region) -> str:
-    if any(op_name(n) in GEMMS for n in region.nodes):
+    if any(map(is_product, region.nodes)):
         return "computing its neighbours compact costs more than it saves"
     return "no Linear or Embedding next to it could skip work" + ends(region)
 
@@ -127,8 +130,7 @@ def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) 
     """FLOPs of the Linears' and recurrent products, forward and backward: of the model, and around each site."""
     for node in graph.nodes:
         if node.target is ops.recurrence_op:
-            context.flops_dense += recurrent_flops(node)
-            context.flops_compact += recurrent_flops(node)
+            _count_recurrent(node, context, chosen)
         weight = value_of(argument(node, 1, "weight")) if op_name(node) == "linear" else None
         if value_of(node) is None or weight is None or weight.dim() != 2:
             continue
@@ -141,6 +143,15 @@ def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) 
         for site in _sites_at(node, context, chosen):
             site.flops_dense += dense
             site.flops_compact += compact
+
+
+def _count_recurrent(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> None:
+    dense, compact = (recurrent_flops(node, keep) for keep in (1.0, _keeps(node, context, chosen)[0]))
+    context.flops_dense += dense
+    context.flops_compact += compact
+    for site in _sites_at(node, context, chosen):
+        site.flops_dense += dense
+        site.flops_compact += compact
 
 
 def _sites_at(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> list[Site]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -159,57 +160,202 @@ class Noisy(nn.LSTM):
         return torch.tanh(out), state
 
 
+around("lstm_subclass", lambda: Noisy(64, 64, 2, dropout=0.5))
+
+
+class ThereAndBack(nn.GRU):
+    """The forward of its class twice, the second time from the end."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        out, state = super().forward(x, state)
+        back, state = super().forward(out.flip(0), hx=state)
+        return back.flip(0), state
+
+
+around("gru_subclass_twice", lambda: ThereAndBack(64, 64, 2, dropout=0.5), rewritten=(*ALL, "rnn.dropout[0]#2"))
+
+
+class OwnHidden(nn.LSTM):
+    """In which a method that nn.LSTM's forward calls is another."""
+
+    def permute_hidden(self, hx: Any, permutation: Any) -> Any:
+        return tuple(2 * part for part in super().permute_hidden(hx, permutation))
+
+
 around(
-    "lstm_subclass",
-    lambda: Noisy(64, 64, 2, dropout=0.5),
+    "lstm_own_method",
+    lambda: OwnHidden(64, 64, 2, dropout=0.5),
+    steps(2, 2),
     rewritten=("drop2",),
     left=("rnn.dropout[0]",),
     optional=("drop1",),
 )
 
 
-class WeightDrop(nn.Module):
-    """As in awd-lstm-lm: the recurrent weight is dropped and put in its place before each call."""
+# -- WeightDrop -----------------------------------------------------------------------------------------------------
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...] = ("weight_hh_l0",), p: float = 0.5) -> None:
+
+class WeightDrop(nn.Module):
+    """As in awd-lstm-lm: the recurrent weight is dropped and put in its place before each call of the forward."""
+
+    def __init__(
+        self, module: nn.Module, names: tuple[str, ...] = ("weight_hh_l0",), p: float = 0.5, variational: bool = False
+    ) -> None:
         super().__init__()
-        self.module, self.names, self.p = module, names, p
+        self.module, self.names, self.p, self.variational = module, names, p, variational
         for name in names:
             weight = module._parameters.pop(name)
             module.register_parameter(f"{name}_raw", weight)
         module.flatten_parameters = self.leave_flat  # type: ignore[assignment]
 
-    @staticmethod
-    def leave_flat() -> None:
+    def leave_flat(self, *args: Any) -> None:
         """The dropped weight is no parameter, which cuDNN's flat buffer could hold."""
+        return
 
-    def forward(self, *args: Any) -> Any:
+    def put_weights(self) -> None:
         for name in self.names:
             raw = getattr(self.module, f"{name}_raw")
-            setattr(self.module, name, F.dropout(raw, p=self.p, training=self.training))
+            if self.variational:
+                mask = torch.ones(raw.size(0), 1, dtype=raw.dtype)
+                mask = F.dropout(mask, p=self.p, training=True)
+                weight = mask.expand_as(raw) * raw
+            else:
+                weight = F.dropout(raw, p=self.p, training=self.training)
+            setattr(self.module, name, weight)
+
+    def forward(self, *args: Any) -> Any:
+        self.put_weights()
         return self.module.forward(*args)
 
 
 class WeightDropOutside(nn.Module):
-    """As in fastai: the wrapper keeps the raw weight, the module a plain tensor."""
+    """As in fastai: the wrapper keeps the raw weights, the module plain tensors, and is called."""
 
-    def __init__(self, module: nn.Module, name: str = "weight_hh_l0", p: float = 0.5) -> None:
+    def __init__(self, module: nn.Module, p: float = 0.5, names: Any = "weight_hh_l0") -> None:
         super().__init__()
-        self.module, self.name, self.p = module, name, p
-        self.raw = nn.Parameter(getattr(module, name).data)
-        delattr(module, name)
+        self.module, self.p, self.names = module, p, [names] if isinstance(names, str) else list(names)
+        for name in self.names:
+            weight = getattr(self.module, name)
+            delattr(self.module, name)
+            self.register_parameter(f"{name}_raw", nn.Parameter(weight.data))
+            setattr(self.module, name, weight.detach().clone())
+            self.module.flatten_parameters = self.leave_flat  # type: ignore[assignment]
+
+    def put_weights(self) -> None:
+        for name in self.names:
+            raw = getattr(self, f"{name}_raw")
+            setattr(self.module, name, F.dropout(raw, p=self.p) if self.training else raw.clone())
+
+    def leave_flat(self) -> None:
+        return
 
     def forward(self, *args: Any) -> Any:
-        setattr(self.module, self.name, F.dropout(self.raw, p=self.p, training=self.training))
-        return self.module(*args)
+        self.put_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=UserWarning)
+            return self.module(*args)
 
 
-def weight_dropped(wrap: type[nn.Module]) -> nn.Module:
+class DropsOwnWeight(nn.LSTM):
+    """A subclass that puts its own dropped weight in its place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_hh_l0_raw = nn.Parameter(self.weight_hh_l0.data)
+        del self._parameters["weight_hh_l0"]
+
+    def forward(self, *args: Any) -> Any:
+        raw = self.weight_hh_l0_raw
+        self.weight_hh_l0 = F.dropout(raw, 0.5) if self.training else raw.clone()
+        return super().forward(*args)
+
+
+BOTH = ("weight_hh_l0", "weight_hh_l1")
+
+
+def weight_dropped(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     model = RecurrentLM()
     model.rnn = wrap(model.rnn)
     return model
 
 
-_AROUND = {"rewritten": ("drop1", "drop2"), "left": ("rnn:dropout_1",)}
-case("weight_drop", tokens(), **_AROUND)(lambda: weight_dropped(WeightDrop))
-case("weight_drop_outside", tokens(), **_AROUND)(lambda: weight_dropped(WeightDropOutside))
+_AROUND = ("drop1", "rnn:dropout_1", "drop2")
+case("weight_drop", tokens(), rewritten=_AROUND)(lambda: weight_dropped(WeightDrop))
+case("weight_drop_outside", tokens(), rewritten=_AROUND)(lambda: weight_dropped(WeightDropOutside))
+
+
+def wrapped(name: str, rnn: Callable[[], nn.Module], *sites: str, inputs: Inputs | None = None, **given: Any) -> None:
+    """Around a wrapped recurrent module; a write of weights is refused where `left` names its site."""
+
+    def build() -> nn.Module:
+        model = Around(nn.LSTM(64, 64))
+        model.rnn = rnn()  # type: ignore[assignment]
+        return model
+
+    case(name, inputs or steps(), **{"rewritten": ("drop1", *sites, "drop2"), **given})(build)
+
+
+_TWO = ("rnn:dropout_1", "rnn:dropout_2")
+wrapped("weight_drop_layers", lambda: WeightDrop(LSTM(), BOTH), *_TWO, "rnn.dropout[0]", inputs=steps(2, 2))
+wrapped("weight_drop_outside_layers", lambda: WeightDropOutside(LSTM(), names=BOTH), *_TWO, "rnn.module.dropout[0]")
+wrapped("weight_drop_gru", lambda: WeightDrop(nn.GRU(64, 64)), _TWO[0])
+wrapped("weight_drop_rnn", lambda: WeightDropOutside(nn.RNN(64, 64)), _TWO[0])
+wrapped("weight_drop_projected", lambda: WeightDrop(nn.LSTM(64, 80, proj_size=64)), _TWO[0])
+wrapped("weight_drop_rows", lambda: WeightDrop(nn.LSTM(64, 64), variational=True), _TWO[0])
+wrapped("weight_drop_rows_layers", lambda: WeightDrop(nn.GRU(64, 64, 2), BOTH, variational=True), *_TWO)
+wrapped("weight_drop_own", lambda: DropsOwnWeight(64, 64), _TWO[0])
+
+
+@case("weight_drop_bidirectional", steps(), rewritten=("rnn:dropout_1", "rnn:dropout_2"))
+class BothWays(nn.Module):
+    """A weight of each direction, and a module that is called twice with the same dropped weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("weight_hh_l0", "weight_hh_l0_reverse")
+        self.rnn = CalledTwice(nn.LSTM(64, 32, bidirectional=True), names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)
+
+
+class CalledTwice(WeightDrop):
+    def forward(self, x: Tensor) -> Tensor:
+        self.put_weights()
+        return self.module(self.module(x)[0])[0]
+
+
+class ReadsBefore(WeightDropOutside):
+    """Reads what its last call has left behind."""
+
+    def forward(self, *args: Any) -> Any:
+        last = self.module.weight_hh_l0
+        self.put_weights()
+        out, state = self.module(*args)
+        return out * (1 + 0 * last.detach().sum()), state
+
+
+class OfLinear(nn.Module):
+    """A weight that is written into another module than a recurrent one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.raw = nn.Parameter(self.linear.weight.data)
+        del self.linear.weight
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        self.linear.weight = F.dropout(self.raw, 0.5, self.training)
+        return self.linear(x), state
+
+
+def with_hooks_inside() -> nn.Module:
+    made = WeightDropOutside(nn.LSTM(64, 64))
+    made.module.register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))
+    return made
+
+
+_LEFT = {"rewritten": ("drop2",), "left": ("rnn:dropout_1",), "optional": ("drop1",)}
+wrapped("weight_drop_read_before", lambda: ReadsBefore(nn.LSTM(64, 64)), **_LEFT)
+wrapped("weight_drop_of_linear", OfLinear, **_LEFT)
+wrapped("weight_drop_hooks", with_hooks_inside, **_LEFT)

@@ -90,6 +90,7 @@ class SitePaths:
         self.calls: Counter[str] = Counter()
         self.functional: Counter[str] = Counter()
         self.draws: Counter[str] = Counter()
+        self.recurrent: Counter[str] = Counter()
 
     def enter(self, module: nn.Module, _args: Any) -> None:
         path = self.paths.get(module, "?")
@@ -114,11 +115,12 @@ class SitePaths:
         self.draws[path] += 1
         return f"{path}:bernoulli_{self.draws[path]}"
 
-    def gap_name(self, gap: int) -> str:
-        """Of the dropout behind a layer of the recurrent module that is running."""
+    def gap_names(self, gaps: int) -> list[str]:
+        """Of the dropouts behind the layers of the recurrent module that is running."""
         path, _ = self.stack[-1]
-        name = f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]"
-        return name if self.calls[path] == 1 else f"{name}#{self.calls[path]}"
+        self.recurrent[path] += 1
+        names = [f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]" for gap in range(gaps)]
+        return names if self.recurrent[path] == 1 else [f"{name}#{self.recurrent[path]}" for name in names]
 
 
 class ReplaceDropout(TorchFunctionMode):
@@ -149,7 +151,7 @@ class ReplaceDropout(TorchFunctionMode):
 
     def by_layers(self, function: Callable[..., Any], call: LayersCall) -> tuple[Tensor, ...]:
         """A recurrent function with the masks of the gaps between its layers; whole where it drops nothing."""
-        names = [self.paths.gap_name(gap) for gap in range(call.num_layers - 1)]
+        names = self.paths.gap_names(call.num_layers - 1)
         drops = call.train and call.dropout not in (0, 1)
         if not any(name in self.masks for name in names):
             unknown = [name for name in names if not self.left_alone(name)]

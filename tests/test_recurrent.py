@@ -18,7 +18,7 @@ from dropfx.testing import assert_equivalent
 from tests import comparison, oracle
 from tests.case import Draw, check_step, compiled_run, pair, recording
 from tests.models import CASES
-from tests.models_recurrent import ALL, LSTM, Around, Noisy, steps
+from tests.models_recurrent import ALL, LSTM, Around, steps
 
 Models = tuple[nn.Module, nn.Module]
 PATTERNS = ("block", "slice", "row")
@@ -428,6 +428,6 @@ def test_tiles(bidirectional: bool) -> None:
 
 def test_explain_names_what_runs_as_written() -> None:
     args, _ = CASES["lstm_parametrized"].call(4)
-    subclass = Around(Noisy(64, 64))
-    assert "it is a subclass of LSTM" in dropfx.explain(subclass, *args).opaque["rnn"]
+    subclass = "it is a subclass of LSTM with a permute_hidden of its own"
+    assert subclass in dropfx.explain(CASES["lstm_own_method"].make(), *args).opaque["rnn"]
     assert "its weights are parametrized" in dropfx.explain(CASES["lstm_parametrized"].make(), *args).opaque["rnn"]

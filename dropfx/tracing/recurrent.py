@@ -1,4 +1,4 @@
-"""Calls of nn.LSTM, nn.GRU and nn.RNN, recorded as the functions that they call: torch.lstm and its kin.
+"""The forwards of nn.LSTM, nn.GRU and nn.RNN, recorded as the functions that they call: torch.lstm and its kin.
 
 These take all weights as one list and keep the dropouts between layers to themselves; the pass `expand_recurrent`
 takes them apart.
@@ -6,12 +6,12 @@ takes them apart.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from dropfx.tracing.proxies import LiveFloat, Proxy, TensorProxy
@@ -21,24 +21,71 @@ if TYPE_CHECKING:
     from dropfx.tracing.tracer import Tracer
 
 RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
-"""Modules, by exact type, whose call is recorded so."""
+"""Modules whose forward is recorded so, those of subclasses that call it included."""
+
+_ZEROS = torch.zeros  # while a trace is made another function has this name
+
+_OWN_METHODS = (
+    *("__getattr__", "__getattribute__", "__setattr__", "check_input", "check_hidden_size", "check_forward_args"),
+    *("get_expected_hidden_size", "get_expected_cell_size", "permute_hidden"),
+    *("_update_flat_weights", "_weights_have_changed", "_init_flat_weights"),
+)
+"""What the forward relies on; another in its place in a subclass would not be recorded."""
 
 
-def can_record(module: Any, original: Any) -> bool:
-    """Whether a call means what the class says: all weights are parameters by their names, and dropouts are on."""
-    return _weights(module, original) is not None and module.training
+def why_a_call(module: Any, original: Any) -> str | None:
+    """Why the module stays a call; "" where that needs no word, None where its forward is recorded."""
+    if module._dropfx_class in RECURRENT_MODULES:
+        return None if why_not(module, original) is None else ""
+    return _unlike(module, original)
+
+
+def why_not(module: Any, original: Any) -> str | None:
+    """Why a forward of PyTorch's does not mean what its class says; None where it does, with its dropouts on."""
+    if not module.training:
+        return "it does not train"
+    named = "it has weights other than those of their names"
+    return _unlike(module, original) or (named if _weights(module, original) is None else None)
+
+
+def _unlike(module: Any, original: Any) -> str | None:
+    """What makes PyTorch's forward do otherwise in a subclass."""
+    cls = module._dropfx_class
+    base = next(base for base in RECURRENT_MODULES if isinstance(module, base))
+    if cls is not base and parametrize.is_parametrized(original):
+        return "its weights are parametrized"
+    replaced = [name for name in _OWN_METHODS if getattr(cls, name, None) is not getattr(base, name, None)]
+    return f"it is a subclass of {base.__name__} with a {replaced[0]} of its own" if replaced else None
+
+
+def takes_weight(module: Any, name: str) -> bool:
+    """Whether a tensor can be put under a name as a weight: the module has none, no parameter and no property."""
+    if not isinstance(module, RECURRENT_MODULES) or name not in module._flat_weights_names:
+        return False
+    return name not in module._parameters and not hasattr(type(module), name)
 
 
 def _weights(module: Any, original: Any) -> list[Any] | None:
-    """Those that the forward will use, None where one is not the parameter of its name.
+    """Those that the forward will use, None where one is neither the parameter of its name nor written by the trace.
 
-    The forward uses `_flat_weights`, and makes that list anew where a parameter is another than when it was made last,
-    as under torch.func.functional_call.
+    The forward uses `_flat_weights`, of which a write of a weight keeps its place up to date; it makes that list anew
+    where a parameter is another than when it was made last, as under torch.func.functional_call.
     """
-    named = [module._parameters.get(name) for name in module._flat_weights_names]
-    same = len(named) == len(module._flat_weights) and all(map(operator.is_, named, module._flat_weights))
-    anew = any(isinstance(weight, Proxy) for weight in named) or original._weights_have_changed()
-    return named if (same or anew) and all(weight is not None for weight in named) else None
+    names, listed = module._flat_weights_names, module._flat_weights
+    named = [_weight(module, name) for name in names]
+    if any(weight is None for weight in named):
+        return None
+    same = len(named) == len(listed) and all(
+        weight is old or name in module.__dict__ for name, weight, old in zip(names, named, listed, strict=True)
+    )
+    anew = any(isinstance(module._parameters.get(name), Proxy) for name in names)
+    return named if same or anew or original._weights_have_changed() else None
+
+
+def _weight(module: Any, name: str) -> Any:
+    """Of that name: a value of the trace that the forward has written, or the parameter."""
+    written = module.__dict__.get(name)
+    return written if isinstance(written, Proxy) else module._parameters.get(name)
 
 
 def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> Any:
@@ -56,7 +103,7 @@ def record(tracer: Tracer, module: Any, path: str, args: Any, kwargs: Any) -> An
     dropout = module.dropout
     rate = float(dropout) if dropout else 0.0  # without a site nothing else would see that it is switched on
     options = (module.bias, module.num_layers, rate, True, module.bidirectional)
-    weights = [module._parameters[name] for name in module._flat_weights_names]
+    weights = [_weight(module, name) for name in module._flat_weights_names]
     made = tracer.record_recurrent(
         getattr(torch, module.mode.lower()),
         (*form.data, tuple(states) if lstm else states[0], weights, *options, *form.options),
@@ -114,7 +161,7 @@ class _Padded(_Form):
 
     def zeros(self, tracer: Tracer, count: int, size: int) -> Any:
         """Zeros [count, batch, size]."""
-        return tracer.record("call_function", torch.zeros, (count, self._x.size(self._axis), size), _like(self._x))
+        return tracer.record("call_function", _ZEROS, (count, self._x.size(self._axis), size), _like(self._x))
 
     def enter(self, state: Any) -> Any:
         """The state with a batch axis."""
@@ -147,7 +194,7 @@ class _Packed(_Form):
         with tracer.paused(), tracer.fake_mode:
             value = data.value.new_zeros(count, data.value.size(0) // batch_sizes.value.size(0), size)
         sizes = count, batch_sizes[0], size
-        return tracer.record_known("call_function", torch.zeros, sizes, value, _like(data))
+        return tracer.record_known("call_function", _ZEROS, sizes, value, _like(data))
 
     def enter(self, state: Any) -> Any:
         """The state with its sequences in order of their lengths."""

@@ -55,8 +55,9 @@ class Recorder:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._dropfx_tracer.tracing:
-            self._dropfx_tracer.refuse(f"its forward writes attribute {name!r}")
-        super().__setattr__(name, value)
+            self._dropfx_tracer.write(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if self._dropfx_tracer.tracing:

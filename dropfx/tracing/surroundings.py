@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dropfx.tracing.proxies import Proxy
+from dropfx.tracing.recurrent import RECURRENT_MODULES
 from dropfx.tracing.refusal import TraceRefused
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ def surroundings(tracer: Tracer) -> Iterator[None]:
         for context in (_outside_of_checkpoints(), _Functions(tracer), _no_custom_functions(), _variables()):
             stack.enter_context(context)
         stack.enter_context(_factories(tracer))
+        stack.enter_context(_recurrent_forwards(tracer))
         stack.enter_context(_quiet())
         yield
 
@@ -120,6 +123,29 @@ def _variables() -> Iterator[None]:
         yield
     finally:
         del meta.__call__  # it was inherited from type
+
+
+@contextmanager
+def _recurrent_forwards(tracer: Tracer) -> Iterator[None]:
+    """Record a forward of nn.LSTM and its kin as one function, whoever calls it: a subclass too, or WeightDrop."""
+    originals = {cls: cls.forward for cls in RECURRENT_MODULES}
+
+    def recording(original: Any) -> Any:
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if tracer.tracing and self.__dict__.get("_dropfx_tracer") is tracer:
+                return tracer.recurrent_forward(self, args, kwargs)
+            return original(self, *args, **kwargs)
+
+        return forward
+
+    for cls, original in originals.items():
+        cls.forward = recording(original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.forward = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -86,11 +86,13 @@ class Tracer(fx.Tracer):
         self._calls: Counter[str] = Counter()
         self._functional: Counter[str] = Counter()
         self._draws: Counter[str] = Counter()
+        self._recurrent: Counter[str] = Counter()
         self._guards: dict[tuple[Any, ...], Guard] = {}
         self._visited: dict[str, tuple[type, bool]] = {}
         self._leaves: dict[str, str] = {}
         self._attributes = self._attribute_paths()
         self._get_attr: dict[str, fx.Node] = {}
+        self._read: set[tuple[str, str]] = set()
 
     def _attribute_paths(self) -> dict[int, str]:
         paths: dict[int, str] = {}
@@ -146,7 +148,7 @@ class Tracer(fx.Tracer):
         self._calls[path] += 1
         state, held = random_state(), contents(module)
         try:
-            out = self._forward(module, path, args, kwargs)
+            out = module.forward(*args, **kwargs)
             if contents(module) != held:
                 self.refuse("its forward changes a container among its attributes")
             if random_state() != state:
@@ -161,10 +163,16 @@ class Tracer(fx.Tracer):
             self._stack.pop()
         return out
 
-    def _forward(self, module: Any, path: str, args: Any, kwargs: Any) -> Any:
-        if module._dropfx_class in recurrent.RECURRENT_MODULES and recurrent.can_record(module, self._original(path)):
-            return recurrent.record(self, module, path, args, kwargs)
-        return module.forward(*args, **kwargs)
+    def recurrent_forward(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """nn.LSTM.forward, or that of its kin, is called: by a call of the module, by a subclass, or by its name."""
+        path = self._paths.get(id(module))
+        if path is None:
+            self.refuse("its forward calls a module that is not among its submodules")
+        reason = recurrent.why_not(module, self._original(path))
+        if reason is not None:
+            self.refuse(f"its forward calls a recurrent one that is not recorded: {reason}")
+        self._visit(module, path)
+        return recurrent.record(self, module, path, args, kwargs)
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         """A module is called: inline its forward, or record the call."""
@@ -196,12 +204,8 @@ class Tracer(fx.Tracer):
         for base in INLINED_MODULES:
             if isinstance(module, base) and base not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
                 return f"it is a subclass of {base.__name__}"
-        if cls in recurrent.RECURRENT_MODULES and recurrent.can_record(module, original):
-            return None
-        for base in recurrent.RECURRENT_MODULES:
-            if isinstance(module, base) and cls is not base:
-                parametrized = parametrize.is_parametrized(original) and cls.__mro__[1] is base
-                return "its weights are parametrized" if parametrized else f"it is a subclass of {base.__name__}"
+        if isinstance(module, recurrent.RECURRENT_MODULES):
+            return recurrent.why_a_call(module, original)
         if cls.__module__.startswith("torch.nn."):
             return None if may_drop(module) and not isinstance(module, LEAF_MODULES) else ""
         return None
@@ -226,6 +230,7 @@ class Tracer(fx.Tracer):
         if issubclass(type(value), Proxy):  # put there by torch.func.functional_call, for the time of a call
             return value
         if isinstance(value, Tensor):
+            self._read.add((path, name))
             return self._attribute(value)
         if type(value) is float:
             return LiveFloat(value, path, name, self)
@@ -237,6 +242,15 @@ class Tracer(fx.Tracer):
         """The trace holds while `check` of the attribute (its value, without one) at `path` is `expected`."""
         key = (path, name, None if check is None else len(self._guards))
         self._guards.setdefault(key, Guard(path, name, expected, check))
+
+    def write(self, module: Any, name: str, value: Any) -> None:
+        """An attribute is written: only a weight that a recurrent module was left without, as WeightDrop does."""
+        path = self._paths.get(id(module))
+        if path is None or not (isinstance(value, TensorProxy) and recurrent.takes_weight(module, name)):
+            self.refuse(f"its forward writes attribute {name!r}")
+        if (path, name) in self._read:
+            self.refuse(f"its forward reads attribute {name!r} before it writes it")
+        module.__dict__[name] = value
 
     def _attribute(self, value: Tensor) -> Any:
         path = self._attributes.get(id(value))
@@ -285,7 +299,8 @@ class Tracer(fx.Tracer):
         made = self.record_known("call_function", function, args, values)
         node = made[0].node.args[0]
         path = node.meta["path"]
-        node.meta["recurrent"] = {"path": path, "calls": self._calls[path], "live": live}
+        self._recurrent[path] += 1
+        node.meta["recurrent"] = {"path": path, "calls": self._recurrent[path], "live": live}
         return made
 
     def record_known(self, kind: str, target: Any, args: Any, value: Any, kwargs: Any = None) -> Any:
@@ -375,8 +390,8 @@ class Tracer(fx.Tracer):
 
 
 def _substituted(module: nn.Module) -> bool:
-    """Whether torch.func.functional_call has put values of the trace among its tensors, which a call would not see."""
-    owners = (owner for part in module.modules() for owner in (part._parameters, part._buffers))
+    """Whether functional_call or WeightDrop has put values of the trace among its tensors: no call sees them."""
+    owners = (owner for part in module.modules() for owner in (part._parameters, part._buffers, part.__dict__))
     return any(isinstance(value, Proxy) for owner in owners for value in owner.values())
 
 

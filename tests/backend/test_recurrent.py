@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 
 import dropfx
 from tests.backend.steps import Call, captured, check, slow
-from tests.models_recurrent import GRU, LSTM, RNN, Around, RecurrentLM
+from tests.models import CASES
+from tests.models_recurrent import BOTH, GRU, LSTM, RNN, Around, Noisy, RecurrentLM, WeightDrop, WeightDropOutside
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 INNER = ["eager", "aot_eager", slow("inductor")]
@@ -121,6 +122,71 @@ def test_no_dropout_inside(inner: str, p: float) -> None:
     torch.testing.assert_close(ours, theirs)
     for one, other in zip(compiled.parameters(), original.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+# -- WeightDrop and subclasses --------------------------------------------------------------------------------------
+
+
+def dropped(rnn: nn.Module) -> nn.Module:
+    model = Around(nn.LSTM(64, 64)).double()
+    model.rnn = rnn.double()  # type: ignore[assignment]
+    return model
+
+
+WEIGHT = "rnn:dropout_1"
+DROPPED = {
+    "lstm": (lambda: WeightDrop(nn.LSTM(64, 64)), {WEIGHT}),
+    "rows": (lambda: WeightDrop(nn.LSTM(64, 64), variational=True), {WEIGHT}),
+    "gru": (lambda: WeightDrop(nn.GRU(64, 64)), {WEIGHT}),
+    "layers": (lambda: WeightDrop(LSTM(), BOTH), {WEIGHT, "rnn:dropout_2", "rnn.dropout[0]"}),
+    "subclass": (lambda: Noisy(64, 64, 2, dropout=0.5), {"rnn.dropout[0]"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a deterministic")
+@pytest.mark.parametrize("pattern", ["block", "slice", "row"])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropped_weights(name: str, inner: str, pattern: str) -> None:
+    build, sites = DROPPED[name]
+    original = dropped(build())
+    compiled = whole(original, inner, pattern=pattern)
+    for step in range(2):
+        x = torch.randn(5, 3, 64, dtype=torch.float64)
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            check(original, compiled, output_alone, x, sites={"drop1", *sites, "drop2"})
+
+
+def test_dropped_weights_leave_what_the_model_leaves() -> None:
+    """Dynamo's graph returns the dropped weight, which it writes behind the graph."""
+    compiled = whole(dropped(WeightDrop(nn.LSTM(64, 64))), "aot_eager")
+    with dropfx.testing.record() as masks:
+        compiled(torch.randn(5, 3, 64, dtype=torch.float64))
+    inner = compiled.rnn.module
+    torch.testing.assert_close(inner.weight_hh_l0, inner.weight_hh_l0_raw * masks[0][WEIGHT])
+
+
+def test_groups_leave_one_draw_of_a_weight() -> None:
+    original = dropped(WeightDrop(nn.LSTM(64, 64)))
+    x = torch.randn(6, 4, 64, dtype=torch.float64)
+    check(original, whole(original, "aot_eager", groups=2), output_alone, x, sites={"drop1", WEIGHT, "drop2"})
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which Dynamo asks of what a graph before left
+def test_a_graph_broken_before_the_call_leaves_the_weight() -> None:
+    """fastai's filter of warnings breaks Dynamo's graph between the write and the call (PyTorch 2.13)."""
+    compiled = captured(dropped(WeightDropOutside(nn.LSTM(64, 64))))
+    with dropfx.testing.record() as masks:
+        compiled(torch.randn(5, 3, 64, dtype=torch.float64)).sum().backward()
+    assert {name for frame in masks for name in frame} == {"drop2"}
+
+
+@pytest.mark.parametrize("name", ["weight_drop", "weight_drop_outside"])
+def test_compiled_by_both(name: str) -> None:
+    model = torch.compile(dropfx.compile(CASES[name].make(), min_speedup=0), backend="aot_eager")
+    with dropfx.testing.record() as masks:
+        model(*CASES[name].call(4)[0])[0].sum().backward()
+    assert WEIGHT in masks[0]
 
 
 # -- promise 1 ------------------------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_backward_op_returns_what_the_mask_asks_for(place: int) -> None:
     kind, pre, h0, c0, w_hh, b_hh, w_hr, sizes = case.arguments()
     out, _, _, *saved = ops.recurrence_op(kind, pre, h0, c0, w_hh, b_hh, w_hr, sizes, False)
     mask = [index == place for index in range(6)]
-    weights = (w_hh, b_hh, w_hr, sizes, False, mask)
+    weights = (w_hh, b_hh, w_hr, sizes, False, None, 0, None, 0, mask)
     made = recurrence_backward_op(kind, torch.ones_like(out), None, None, *saved, h0, c0, *weights)
     assert len(made) == 1
     operand = (pre, h0, c0, w_hh, w_hh[:, 0], w_hr)[place]

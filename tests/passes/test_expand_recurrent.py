@@ -201,7 +201,12 @@ class Holder(nn.Module):
 
 
 class Own(nn.LSTM):
-    pass
+    def check_input(self, *args: Any) -> None:
+        pass
+
+
+class Named(nn.LSTM):
+    """As nn.LSTM, but for its name."""
 
 
 def hooked() -> nn.Module:
@@ -220,7 +225,7 @@ def old_weight_drop() -> nn.Module:
 LEFT = {
     "eval": (lambda: nn.LSTM(8, 8, 2, dropout=0.5).eval(), ""),
     "hooks": (hooked, "it has hooks"),
-    "subclass": (lambda: Own(8, 8, 2, dropout=0.5), "it is a subclass of LSTM"),
+    "subclass": (lambda: Own(8, 8, 2, dropout=0.5), "it is a subclass of LSTM with a check_input of its own"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.LSTM(8, 8, 2, dropout=0.5), "weight_hh_l0"),
         "its weights are parametrized",
@@ -241,6 +246,7 @@ def test_what_stays_a_call(name: str) -> None:
     ("rnn", "function"),
     [
         (nn.LSTM(8, 8), torch.lstm),
+        (Named(8, 8), torch.lstm),
         (nn.GRU(8, 8), torch.gru),
         (nn.RNN(8, 8), torch.rnn_tanh),
         (nn.RNN(8, 8, nonlinearity="relu"), torch.rnn_relu),

@@ -138,6 +138,17 @@ def test_packed_rows_in_reverse_are_left() -> None:
     assert not run(module)
 
 
+@pytest.mark.parametrize("places", [(9, 10), (11, 12)])
+def test_kept_recurrent_weight_is_left(places: tuple[int, int]) -> None:
+    module, _ = by_hand(dense)
+    (node,) = (node for node in module.graph.nodes if node.target is ops.recurrence_op)
+    starts = next(n for n in module.graph.nodes if n.name == "starts")
+    kept: list[Any] = [None, 0, None, 0]
+    kept[places[0] - 9], kept[places[1] - 9] = starts, 2
+    node.args = (*node.args, *kept)
+    assert not run(module)
+
+
 def test_projection_is_left() -> None:
     module, _ = by_hand(dense)
     (node,) = (node for node in module.graph.nodes if node.target is ops.recurrence_op)

@@ -15,16 +15,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dropfx.ops.recurrent.product import Product, product_with
+from dropfx.ops.runs import Runs
+
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Kind of cell, as in `nn.RNNBase.mode` -> G."""
 
 
 class Weights(NamedTuple):
-    """Of the recurrence alone: those of the inputs are in `pre`."""
+    """Of the recurrence alone: those of the inputs are in `pre`.
+
+    Attributes:
+        hh: compact [G*H', P'] where the model drops this weight.
+        rows, cols: which it keeps; None where all.
+    """
 
     hh: Tensor
     bias_hh: Tensor | None = None
     hr: Tensor | None = None
+    rows: Runs | None = None
+    cols: Runs | None = None
+
+    def cast(self, dtype: torch.dtype) -> Weights:
+        """The same weights in another dtype."""
+        bias, hr = (None if w is None else w.to(dtype) for w in (self.bias_hh, self.hr))
+        return self._replace(hh=self.hh.to(dtype), bias_hh=bias, hr=hr)
+
+    def product(self, batch: int, steps: int) -> Product:
+        """(h, y) -> h @ W_hh^T + y"""
+        return product_with(self.hh, batch, steps, self.rows, self.cols)
+
+    def product_back(self, batch: int, steps: int) -> Product:
+        """(dz, y) -> dz @ W_hh + y"""
+        return product_with(self.hh.t(), batch, steps, self.cols, self.rows)
 
 
 class Saved(NamedTuple):

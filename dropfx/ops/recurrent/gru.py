@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.recurrent.cells import Flows, Saved, Weights, sigmoid_slope, tanh_slope
-from dropfx.ops.recurrent.product import product_with
 from dropfx.ops.recurrent.steps import Steps
 
 
 def forward(pre: Tensor, h: Tensor, c: Tensor, weights: Weights, steps: Steps) -> tuple[Tensor, Saved]:
     """Hidden states [N, H] of all steps; h becomes the last state of each sequence, c is not read."""
     out, saved = pre.new_empty(pre.size(0), h.size(1)), Saved.empty("gru", pre, h)
-    product, units = product_with(weights.hh, h.size(0), len(steps.sizes)), h.size(1)
+    product, units = weights.product(h.size(0), len(steps.sizes)), h.size(1)
     bias = h.new_zeros(3 * units) if weights.bias_hh is None else weights.bias_hh
     biases = bias.expand(h.size(0), -1).contiguous()
     for b, (z, gates, y, before, inner) in steps.visit(pre, saved.gates, out, saved.before, saved.inner):
@@ -39,7 +38,7 @@ def backward(grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, weights: Weight
     sigmoid_slope(saved.before - n, u, grad_input=pre[:, units : 2 * units])
     tanh_slope(1 - u, n, grad_input=pre[:, 2 * units :])
     added, hidden = torch.empty_like(pre), torch.empty_like(grad)
-    product = product_with(weights.hh.t(), dh.size(0), len(steps.sizes))
+    product = weights.product_back(dh.size(0), len(steps.sizes))
     for b, (dy, dz, ds, gates, total) in steps.visit(grad, pre, added, saved.gates, hidden, backward=True):
         torch.add(dh[:b], dy, out=total)
         dz.view(b, 3, units)[:, 1:].mul_(total.unsqueeze(1))

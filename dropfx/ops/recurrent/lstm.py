@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.recurrent.cells import Flows, Saved, Weights, sigmoid_slope, tanh_slope
-from dropfx.ops.recurrent.product import product_with
 from dropfx.ops.recurrent.steps import Steps
 
 
 def forward(pre: Tensor, h: Tensor, c: Tensor, weights: Weights, steps: Steps) -> tuple[Tensor, Saved]:
     """Hidden states [N, P] of all steps; h and c become the last state of each sequence."""
     out, saved = pre.new_empty(pre.size(0), h.size(1)), Saved.empty("lstm", pre, h)
-    product = product_with(weights.hh, h.size(0), len(steps.sizes))
+    product = weights.product(h.size(0), len(steps.sizes))
     for b, (z, gates, y, before, inner, squashed) in steps.visit(pre, saved.gates, out, *saved[1:]):
         before.copy_(h[:b])
         inner.copy_(c[:b])
@@ -34,7 +33,7 @@ def backward(grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, weights: Weight
     """From the gradients of all hidden states and of the last state; dh and dc become those of the first one."""
     pre, of_cell = _slopes(saved)
     units = of_cell.size(1)
-    product, zeros = product_with(weights.hh.t(), dh.size(0), len(steps.sizes)), torch.zeros_like(dh)
+    product, zeros = weights.product_back(dh.size(0), len(steps.sizes)), torch.zeros_like(dh)
     hidden, f = torch.empty_like(grad), saved.gates.chunk(4, 1)[1]
     for b, (dy, dz, slope, forget, total) in steps.visit(grad, pre, of_cell, f, hidden, backward=True):
         torch.add(dh[:b], dy, out=total)

@@ -3,8 +3,9 @@
     kind "lstm" | "gru" | "rnn_tanh" | "rnn_relu"
     pre [T, B, G*H], or packed [N, G*H] with batch_sizes int64 [T]; h0 [B, P]; c0 [B, H] (LSTM)
     -> all hidden states [T, B, P] or [N, P], the last h [B, P] and c [B, H]
-Parameters as `cells` names them. Splitting off the product of the inputs lets the Linear machinery gather it, for all
-steps at once; what is left is bound by the weight W_hh, read at every step (`product`).
+Parameters as `cells` names them. W_hh may be compact: `rows` and `cols` are the starts of the runs that a dropped one
+keeps, which are added to the gates and read of h. Splitting off the product of the inputs lets the Linear machinery
+gather it, for all steps at once; what is left is bound by the weight W_hh, read at every step (`product`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import define, eager, first_derivative_only, whole
 from dropfx.ops.recurrent import gru, lstm, rnn
-from dropfx.ops.recurrent.cells import GATES, Flows, Saved, Weights
+from dropfx.ops.recurrent.cells import Flows, Saved, Weights
 from dropfx.ops.recurrent.steps import Steps, steps_of
+from dropfx.ops.runs import Runs, runs, take
 
 _INSTEAD = "dropfx.restore(model) gives back that of torch.nn"
 
@@ -54,14 +56,8 @@ def _run(
     c = pre.new_empty(0) if c0 is None else c0.to(**like)
     steps = steps_of(pre.shape, batch_sizes, reverse)
     with torch.autocast(pre.device.type, enabled=False):
-        out, saved = _walk(kind, pre.reshape(-1, pre.size(-1)), h, c, _cast(weights, pre), steps)
+        out, saved = _walk(kind, pre.reshape(-1, pre.size(-1)), h, c, weights.cast(pre.dtype), steps)
     return out, h, c, saved
-
-
-def _cast(weights: Weights, like: Tensor) -> Weights:
-    hh, *others = (None if w is None else w.to(like.dtype) for w in weights)
-    assert hh is not None
-    return Weights(hh, *others)
 
 
 def _gradients(
@@ -79,17 +75,21 @@ def _gradients(
     batch = max(steps.sizes)
     like: dict[str, Any] = {"dtype": made.dtype, "copy": True, "memory_format": torch.contiguous_format}
     dh = made.new_zeros(batch, width) if grads[1] is None else grads[1].to(**like)
-    dc = made.new_zeros(batch, weights.hh.size(0) // GATES[kind]) if grads[2] is None else grads[2].to(**like)
-    flows = _walk_back(kind, grad, dh, dc, saved, _cast(weights, made), steps)
+    dc = made.new_zeros(batch, saved.inner.size(-1)) if grads[2] is None else grads[2].to(**like)
+    flows = _walk_back(kind, grad, dh, dc, saved, weights.cast(made.dtype), steps)
     made_by: list[Any] = [
         lambda: flows.pre,
         lambda: dh,
         lambda: dc,
-        lambda: (flows.added.t() @ saved.before).to(weights.hh.dtype),
+        lambda: (_kept(flows.added, weights.rows).t() @ _kept(saved.before, weights.cols)).to(weights.hh.dtype),
         lambda: flows.added.sum(0).to(weights.hh.dtype),
         lambda: (flows.hidden.t() @ lstm.unprojected(saved)).to(weights.hh.dtype),
     ]
     return [make() if asked else None for make, asked in zip(made_by, mask, strict=True)]
+
+
+def _kept(x: Tensor, kept: Runs | None) -> Tensor:
+    return x if kept is None else take(x, 1, kept)
 
 
 # -- for compilers --------------------------------------------------------------------------------------------------
@@ -107,8 +107,13 @@ def _recurrence(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    rows: Tensor | None = None,
+    row_run: int = 0,
+    cols: Tensor | None = None,
+    col_run: int = 0,
 ) -> _Outputs:
-    out, h, c, saved = _run(kind, pre, h0, c0, Weights(w_hh, b_hh, w_hr), batch_sizes, reverse)
+    weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
+    out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
     return out.view(*pre.shape[:-1], out.size(1)), h, c, *saved
 
 
@@ -135,9 +140,14 @@ def _recurrence_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
     mask: list[bool],
 ) -> list[Tensor]:
-    saved, weights = Saved(gates, before, inner, squashed), Weights(w_hh, b_hh, w_hr)
+    weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
+    saved = Saved(gates, before, inner, squashed)
     batch = h0.size(0)
     steps = steps_of((before.size(0) // batch if batch else 1, batch), batch_sizes, reverse)
     grads = _gradients(kind, (grad, grad_h, grad_c), saved, weights, steps, mask)
@@ -145,8 +155,8 @@ def _recurrence_backward(
 
 
 def _recurrence_backward_fake(kind: str, *args: Any) -> list[Tensor]:
-    _, _, _, _, before, _, _, h0, c0, w_hh, b_hh, w_hr, _, _, mask = args
-    shapes = [(before.size(0), w_hh.size(0)), h0.shape, c0, w_hh, b_hh, w_hr]
+    _, _, _, gates, before, _, _, h0, c0, w_hh, b_hh, w_hr, *_, mask = args
+    shapes = [tuple(gates.shape), h0.shape, c0, w_hh, b_hh, w_hr]
     return [
         before.new_empty(s if isinstance(s, tuple) else s.shape, dtype=before.dtype if place < 3 else w_hh.dtype)
         for place, (s, asked) in enumerate(zip(shapes, mask, strict=True))
@@ -163,21 +173,23 @@ _PLACES = (1, 2, 3, 4, 5, 6)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    ctx.kind, pre, h0, c0, w_hh, b_hh, w_hr, batch_sizes, ctx.reverse = inputs
+    ctx.kind, pre, h0, c0, w_hh, b_hh, w_hr, batch_sizes, ctx.reverse, rows, ctx.row_run, cols, ctx.col_run = inputs
     ctx.mask, ctx.shape = [ctx.needs_input_grad[place] for place in _PLACES], pre.shape
     out, _, _, gates, *saved = output
     gates = out.view(-1, out.size(-1)) if ctx.kind.startswith("rnn") else gates
-    ctx.save_for_backward(gates, *saved, h0, c0, w_hh, b_hh, w_hr, batch_sizes)
+    ctx.save_for_backward(gates, *saved, h0, c0, w_hh, b_hh, w_hr, batch_sizes, rows, cols)
     ctx.set_materialize_grads(False)
 
 
 def _formula(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any) -> Any:
     """The derivative by the registered op; nothing reads what is saved, which has no gradient."""
-    made = iter(recurrence_backward_op(ctx.kind, grad, grad_h, grad_c, *ctx.saved_tensors, ctx.reverse, ctx.mask))
+    *tensors, rows, cols = ctx.saved_tensors
+    kept = rows, ctx.row_run, cols, ctx.col_run
+    made = iter(recurrence_backward_op(ctx.kind, grad, grad_h, grad_c, *tensors, ctx.reverse, *kept, ctx.mask))
     grads = [next(made) if asked else None for asked in ctx.mask]
     if grads[0] is not None:
         grads[0] = grads[0].view(ctx.shape)
-    return None, *grads, None, None
+    return None, *grads, *[None] * 6
 
 
 torch.library.register_autograd(recurrence_op, _formula, setup_context=_save)
@@ -199,14 +211,19 @@ class _Recurrence(torch.autograd.Function):
         w_hr: Tensor | None,
         batch_sizes: Tensor | None,
         reverse: bool,
+        rows: Tensor | None = None,
+        row_run: int = 0,
+        cols: Tensor | None = None,
+        col_run: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [T, B, H], or [rows, H] of packed input, and the last states h and c, from the gates' input `pre`."""
-        weights = Weights(w_hh, b_hh, w_hr)
+        weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
         out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
         saved = saved._replace(gates=out) if kind.startswith("rnn") else saved
         ctx.kind, ctx.shape, ctx.steps = kind, pre.shape, steps_of(pre.shape, batch_sizes, reverse)
         ctx.mask = [ctx.needs_input_grad[place] for place in _PLACES]
-        ctx.save_for_backward(*saved, *weights)
+        ctx.save_for_backward(*saved, w_hh, b_hh, w_hr, rows, cols)
+        ctx.runs = row_run, col_run
         ctx.set_materialize_grads(False)
         return whole(out.view(*pre.shape[:-1], out.size(1))), h, c
 
@@ -219,12 +236,13 @@ class _Recurrence(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a recurrence has no second derivative; {_INSTEAD}")
-        tensors = ctx.saved_tensors
-        saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:])
+        *tensors, rows, cols = ctx.saved_tensors
+        kept = (runs(starts, run) for starts, run in zip((rows, cols), ctx.runs, strict=True))
+        saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:], *kept)
         made = _gradients(ctx.kind, (grads[0], grads[1], grads[2]), saved, weights, ctx.steps, ctx.mask)
         if made[0] is not None:
             made[0] = made[0].view(ctx.shape)
-        return None, *made, None, None
+        return None, *made, *[None] * 6
 
 
 eager(recurrence_op, _Recurrence)

@@ -1,0 +1,25 @@
+"""recurrence(pre, h, c, W') -> recurrence(pre, h, c, W', rows, cols)    where W_hh is compact on rows or columns."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from dropfx import ops
+from dropfx.pass_infra import Context, PassResult
+from dropfx.passes.rewrite_sites import DENSE, kept_of
+
+
+def rewrite_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
+    """Tell the recurrences of dropped weights what these keep."""
+    modified = False
+    for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
+        forms = list(node.meta.get("reads", {}).values())
+        if not forms or len(node.args) > 9:
+            continue
+        (form,) = forms
+        with module.graph.inserting_before(node):
+            kept = kept_of(module.graph, form, context)
+        rows, cols = (kept, DENSE) if form.axis.dim == -2 else (DENSE, kept)
+        node.args = (*node.args, rows.starts, rows.run, cols.starts, cols.run)
+        modified = True
+    return PassResult(module, modified)
