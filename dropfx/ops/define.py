@@ -51,9 +51,8 @@ def first_derivative_only(
 
 def fresh(out: Tensor, source: Tensor) -> Tensor:
     """A registered op may not return a view of its input, and its strides are those of its fake."""
-    # below autograd, where compilers run it, a view does not know that it is one
-    shared = out._is_view() or torch._C._is_alias_of(out, source)  # type: ignore[attr-defined]
-    return out.clone(memory_format=torch.contiguous_format) if shared else out
+    shared = torch._C._is_alias_of(out, source)  # type: ignore[attr-defined]
+    return out.clone(memory_format=torch.contiguous_format) if shared else whole(out)
 
 
 def whole(out: Tensor) -> Tensor:

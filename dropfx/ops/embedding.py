@@ -49,11 +49,11 @@ def _embedding_backward(
 def _spread(grad: Tensor, ids: Tensor, kept: Runs | None, rows: int, units: int) -> Tensor:
     assert kept is not None
     if not kept.tile(units):
-        compact = grad.new_zeros(rows, kept.width).index_add(0, ids, grad)
+        compact = grad.new_zeros(rows, kept.width).index_add_(0, ids, grad)
         return put(compact, 1, kept, units)
     tiles = (ids[:, None] * (units // kept.run) + kept.blocks()).view(-1)
     tiled = grad.new_zeros(rows * units // kept.run, kept.run)
-    return tiled.index_add(0, tiles, grad.reshape(-1, kept.run)).view(rows, units)
+    return tiled.index_add_(0, tiles, grad.reshape(-1, kept.run)).view(rows, units)
 
 
 def _embedding_fake(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0) -> Tensor:

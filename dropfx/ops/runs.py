@@ -82,12 +82,12 @@ def put(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
         return _put_window(y, dim, start, units)
     if not kept.tile(units):
         # padding of a ragged block wraps onto kept units, where it must add its zeros and not overwrite
-        return y.new_zeros(_resized(y, dim, units)).index_add(dim, kept.units(units), y)
+        return y.new_zeros(_resized(y, dim, units)).index_add_(dim, kept.units(units), y)
     if kept.run == 1:
-        return y.new_zeros(_resized(y, dim, units)).index_copy(dim, kept.starts, y)
+        return y.new_zeros(_resized(y, dim, units)).index_copy_(dim, kept.starts, y)
     tiled: Tensor = y.unflatten(dim, (-1, kept.run))
     dense = tiled.new_zeros(_resized(tiled, dim, units // kept.run))
-    return dense.index_copy(dim, kept.blocks(), tiled).flatten(dim, dim + 1)
+    return dense.index_copy_(dim, kept.blocks(), tiled).flatten(dim, dim + 1)
 
 
 def _put_window(y: Tensor, dim: int, start: int, units: int) -> Tensor:
