@@ -37,9 +37,10 @@ def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -
     return getattr(torch.ops.dropfx, name).default
 
 
-def first_derivative_only(
-    op: Any, instead: str = "compile with dropfx.compile(model), whose eager path has one"
-) -> None:
+INSTEAD = "compile with dropfx.compile(model), whose eager path has one"
+
+
+def first_derivative_only(op: Any, instead: str = INSTEAD) -> None:
     """Let the second derivative through `op` fail by name and not by a missing formula."""
 
     def backward(ctx: Any, *grads: Tensor) -> Any:

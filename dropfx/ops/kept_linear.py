@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dropfx.errors import DoubleBackwardError
+from dropfx.ops.define import INSTEAD
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import Runs, runs, stored_transposed, take
 
@@ -39,8 +40,14 @@ class _KeptLinear(torch.autograd.Function):
         return scaled_linear(x, compact, bias if bias is None or kept is None else take(bias, 0, kept), scale)
 
     @staticmethod
-    @once_differentiable  # W' is a constant here
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of x, weight and bias as far as they are asked for.
+
+        Raises:
+            DoubleBackwardError: under create_graph, for W' is a constant here.
+        """
+        if torch.is_grad_enabled():
+            raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
         x, compact, *starts = ctx.saved_tensors
         rows, cols = map(runs, starts, ctx.runs)
         wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
