@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
-from dropfx.ops.products import scaled_linear, scaled_mm
+from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, stored_transposed, take
 
 _PARTS = 4
@@ -50,16 +50,20 @@ def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeig
     if kept.tiles is None:
         product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
         return kept.put(product) if dense is None else kept.add(dense, product)
-    if dense is None:
-        dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype)
-        write = dense.view(-1, kept.tiles[1]).index_copy_
-    else:
-        write = dense.view(-1, kept.tiles[1]).index_add_
-    index, width = kept.tiles
+    add = dense is not None
+    dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype) if dense is None else dense
     parts = -(-_PARTS * dy.size(1) * x.size(1) // dense.numel())
     step = -(-dy.size(1) // parts)
+    # below no product is given a name: one is freed before the next is made
+    if kept.rows is None and kept.cols is not None and misaligned(x):
+        blocks, width = kept.cols.blocks(), kept.cols.run
+        for part, there in zip(dy.split(step, 1), dense.view(kept.n, -1, width).split(step), strict=True):
+            write = there.index_add_ if add else there.index_copy_
+            write(1, blocks, aligned_mm(part.t(), x, scale).unflatten(1, (-1, width)).to(kept.dtype))
+        return dense
+    index, width = kept.tiles
+    write = dense.view(-1, width).index_add_ if add else dense.view(-1, width).index_copy_
     for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
-        # not given a name: one product is freed before the next is made
         write(0, where, scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))
     return dense
 
