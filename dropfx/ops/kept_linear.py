@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops.define import INSTEAD
+from dropfx.ops.define import INSTEAD, whole
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import Runs, runs, stored_transposed, take
 
@@ -37,7 +37,7 @@ class _KeptLinear(torch.autograd.Function):
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
         ctx.flipped = stored_transposed(weight)
         kept = runs(rows, row_run)
-        return scaled_linear(x, compact, bias if bias is None or kept is None else take(bias, 0, kept), scale)
+        return whole(scaled_linear(x, compact, bias if bias is None or kept is None else take(bias, 0, kept), scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
