@@ -58,32 +58,30 @@ class _KeptLinear(torch.autograd.Function):
         if wants_weight:
             flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape
             if ctx.flipped:
-                dw = _weight_gradient(flat, dy, (cols, k), (rows, n), ctx.scale, ctx.dtype).t()
+                dw = _spread(scaled_mm(flat.t(), dy, ctx.scale).to(ctx.dtype), (cols, k), (rows, n)).t()
             else:
-                dw = _weight_gradient(dy, flat, (rows, n), (cols, k), ctx.scale, ctx.dtype)
+                dw = _spread(scaled_mm(dy.t(), flat, ctx.scale).to(ctx.dtype), (rows, n), (cols, k))
         if wants_bias:
-            db = _spread(dy.sum(0).to(ctx.dtype), 0, rows, ctx.shape[0])
+            db = _spread(dy.sum(0).to(ctx.dtype), (rows, ctx.shape[0]))
         return dx, dw, None, db, *[None] * 5
 
 
-_Axis = tuple[Runs | None, int]
+def _spread(y: Tensor, *axes: tuple[Runs | None, int]) -> Tensor:
+    """`put` along all axes, each with its units, as code in which each place reads its own value or is zero.
 
-
-def _weight_gradient(a: Tensor, b: Tensor, rows: _Axis, cols: _Axis, scale: float, dtype: torch.dtype) -> Tensor:
-    return _spread(_spread(scaled_mm(a.t(), b, scale).to(dtype), 1, *cols), 0, *rows)
-
-
-def _spread(y: Tensor, dim: int, kept: Runs | None, units: int) -> Tensor:
-    """`put`, as code in which each place reads its own value or is zero: no zeros are written to be overwritten."""
-    if kept is None:
-        return y
-    if kept.tile(units):
-        slots = _slots(kept.blocks(), units // kept.run)
-        return _read(y.unflatten(dim, (-1, kept.run)), dim, slots).flatten(dim, dim + 1)
-    slots = _slots(kept.unwrapped(), units + kept.run)
-    # what goes past the end belongs to the first units
-    wrapped = slots.new_full((units,), -1).slice_scatter(slots[units:], end=kept.run)
-    return _read(y, dim, slots[:units]) + _read(y, dim, wrapped)
+    No zeros are written to be overwritten. Runs stay apart until the end: a compiler copies whole ones.
+    """
+    for dim, (kept, units) in reversed(list(enumerate(axes))):
+        if kept is None:
+            continue
+        if kept.tile(units):
+            y = _read(y.unflatten(dim, (-1, kept.run)), dim, _slots(kept.blocks(), units // kept.run))
+        else:
+            slots = _slots(kept.unwrapped(), units + kept.run)
+            # what goes past the end belongs to the first units
+            wrapped = slots.new_full((units,), -1).slice_scatter(slots[units:], end=kept.run)
+            y = _read(y, dim, slots[:units]) + _read(y, dim, wrapped)
+    return y.reshape([units for _, units in axes])
 
 
 def _slots(at: Tensor, places: int) -> Tensor:
