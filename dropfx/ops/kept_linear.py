@@ -95,18 +95,10 @@ def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
     return y.index_select(dim, slots.clamp(min=0)).masked_fill((slots < 0).view(shape), 0)
 
 
-def kept_linear(
-    x: Tensor,
-    weight: Tensor,
-    compact: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-) -> Tensor:
-    """The product; compact: W[rows][:, cols], by `kept_weight`. W's own values are not read."""
-    apply: Any = _KeptLinear.apply
-    made: Tensor = apply(x, weight, compact, bias, rows, row_run, cols, col_run, scale)
+def kept_linear(*operands: Any) -> Tensor:
+    """The product of (x, weight, compact, bias, rows, row_run, cols, col_run, scale), as `_KeptLinear` names them.
+
+    compact: W[rows][:, cols], by `kept_weight`. W's own values are not read.
+    """
+    made: Tensor = _KeptLinear.apply(*operands)  # type: ignore[no-untyped-call]
     return made

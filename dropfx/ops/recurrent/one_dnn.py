@@ -106,15 +106,8 @@ def _layer_backward(
     return [g for g, asked in zip(grads, mask, strict=True) if asked]
 
 
-def _layer_backward_fake(
-    grad: Tensor | None,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    tensors: list[Tensor],
-    results: list[Tensor],
-    reverse: bool,
-    mask: list[bool],
-) -> list[Tensor]:
+def _layer_backward_fake(*args: Any) -> list[Tensor]:
+    *_, tensors, _, _, mask = args
     return [t.new_empty(t.shape) for t, asked in zip(tensors, mask, strict=True) if asked]
 
 
