@@ -28,7 +28,10 @@ def run(script, *options):
 
 @pytest.mark.parametrize(
     ("script", "options"),
-    [("mnist_mlp.py", ("--epochs", "2", "--hidden", "256")), ("vgg16_classifier.py", ("--small", "--epochs", "3"))],
+    [
+        ("mnist_mlp.py", ("--epochs", "2", "--hidden", "256")),
+        pytest.param("vgg16_classifier.py", ("--small", "--epochs", "3"), marks=pytest.mark.slow),
+    ],
 )
 def test_example_learns(script, options):
     printed = run(script, *options)

@@ -144,7 +144,7 @@ DROPPED = {
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic")
-@pytest.mark.parametrize("pattern", ["block", "slice", "row"])
+@pytest.mark.parametrize("pattern", ["block", slow("slice"), slow("row")])
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("name", DROPPED)
 def test_dropped_weights(name: str, inner: str, pattern: str) -> None:
