@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropfx.axis_rules import Axis
+from dropfx.cut import Prices, cut, price
 from dropfx.devices import DeviceCosts
 from dropfx.options import make_options
 from dropfx.pass_infra import Context
@@ -23,7 +24,7 @@ from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.prices import everything_prices, region_prices
-from dropfx.regions import Prices, Region, cut, grow, price
+from dropfx.regions import Region, grow
 from dropfx.tracing import trace
 
 

@@ -33,6 +33,7 @@ class _KeptLinear(torch.autograd.Function):
         col_run: int,
         scale: float,
     ) -> Tensor:
+        """y [*, N'], in whose derivative `compact` stands for the weight."""
         ctx.save_for_backward(x, compact, rows, cols)
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
         ctx.flipped = stored_transposed(weight)
