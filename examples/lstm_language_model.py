@@ -77,6 +77,7 @@ def train_step(model, optimizer, words, targets, state, clip):
 
 @torch.no_grad()
 def perplexity(model, text, steps):
+    """exp of the mean cross-entropy of a text [length, columns], without dropout."""
     model.eval()
     state, loss = model.initial_state(text.shape[1]), 0.0
     for start in range(0, len(text) - 1, steps):
@@ -112,6 +113,7 @@ class Training:
         os.replace(f"{path}.new", path)  # a run that dies while it saves keeps the checkpoint before
 
     def load(self, path):
+        """Go on where the run of a checkpoint stopped, in the same state of all that is random."""
         saved = read_checkpoint(path, self.settings)
         for name in PARTS:
             getattr(self, name).load_state_dict(saved[name])
@@ -174,6 +176,7 @@ def trained(run):
 
 
 def train(run, text, valid_text, test_text, args):
+    """Train to the last epoch, with a line for each and a checkpoint where one is asked for."""
     fields = "{task.description}", rich.progress.BarColumn(), rich.progress.TimeRemainingColumn(), "{task.fields[now]}"
     run.model.train()
     with rich.progress.Progress(*fields) as bar:
@@ -207,6 +210,7 @@ def positive(number):
 
 
 def parse():
+    """The parser, for its error messages, and the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="a text file, a sentence a line")
@@ -255,6 +259,7 @@ def set_up(args):
 
 
 def main():
+    """Train from the start or from a checkpoint."""
     parser, args = parse()
     try:
         run, *parts = set_up(args)
