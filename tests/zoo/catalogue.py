@@ -235,7 +235,7 @@ def pyg_mlp_norm(small: bool) -> Built:
     return MLP([64, width, width, 8], dropout=0.5), (torch.randn(5 if small else 1024, 64),), {}
 
 
-@entry("pyg_gcn", "GCN (torch_geometric)", "torch_geometric", left={"dropout": "runs as written"})
+@entry("pyg_gcn", "GCN (torch_geometric)", "torch_geometric", left={"dropout": "shape is known only when it runs"})
 def pyg_gcn(small: bool) -> Built:
     from torch_geometric.nn import GCN
 
