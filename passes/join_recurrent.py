@@ -108,14 +108,19 @@ def _function(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node],
     kind, pre, h0, c0, w_hh, _, w_hr, batch_sizes, _ = node.args
     graph = node.graph
     weights: Any = [w for w in (weight, w_hh, *biases, w_hr) if w is not None]
-    if cast(torch.Tensor, value_of(pre)).device.type == "cuda":
+    in_buffer = cast(torch.Tensor, value_of(pre)).device.type == "cuda"
+    if in_buffer:
         weights = graph.call_function(ops.in_one_buffer, (weights,))
     states = [graph.call_method("unsqueeze", (s, 0)) for s in (h0, c0) if s is not None]
     if context.eager:
         hx = tuple(states) if len(states) > 1 else states[0]
         lead, rest = ((x,), (False,)) if batch_sizes is None else ((x, batch_sizes), ())
         options = (bool(biases), 1, 0.0, True, False, *rest)
-        made = graph.call_function(getattr(torch, str(kind)), (*lead, hx, weights, *options))
+        args = *lead, hx, weights, *options
+        if weight.target is ops.take_op and not in_buffer:
+            made = graph.call_function(ops.gather_again, (kind, weight, *weight.args[:4], *args))
+        else:
+            made = graph.call_function(getattr(torch, str(kind)), args)
     else:
         options = (bool(biases), 1, False, False, True)
         made = graph.call_function(ops.recurrent_as_written_op, (kind, x, batch_sizes, states, weights, *options))

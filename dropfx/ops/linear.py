@@ -23,6 +23,13 @@ from dropfx.ops.groups import KeptAxis, pieces
 from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, stored_transposed, take
 
+_GATHER_AGAIN = 512
+"""Rows of x from which on a large kept weight is gathered again for the input gradient rather than held until then.
+
+Gathering costs as much as the products of a dozen rows, so about 1% of all three products of this many. With fewer rows
+the copy is no matter: activations are small beside the weights' gradients, which take its place in backward.
+"""
+
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
 
@@ -271,6 +278,12 @@ kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
 """W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient."""
 
 
+def _worth_gathering_again(x: Tensor, compact: Tensor, weight: Tensor) -> bool:
+    """Whether that hardly takes time, and the copy more than the mask and the dropped x, which are not kept either."""
+    is_copy = not torch._C._is_alias_of(compact, weight)  # type: ignore[attr-defined]
+    return is_copy and _rows(x) >= _GATHER_AGAIN and compact.numel() > 2 * x.numel()
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -295,7 +308,8 @@ class _Linear(torch.autograd.Function):
             return _product(x, weight, bias, parts, scale)
         compact = parts[0].kept.take(weight)
         # one kept weight serves the input gradient too; of several groups they would add up
-        ctx.compact = compact if wants_x else None
+        if wants_x and not _worth_gathering_again(x, compact, weight):
+            ctx.compact = compact
         return _forward(x, compact, bias, parts[0].kept, scale)
 
     @staticmethod

@@ -251,7 +251,7 @@ def test_what_stays_a_call(name: str) -> None:
         (nn.RNN(8, 8), torch.rnn_tanh),
         (nn.RNN(8, 8, nonlinearity="relu"), torch.rnn_relu),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_recorded(rnn: nn.Module, function: Any) -> None:
     targets, leaves = traced(Holder(rnn))
