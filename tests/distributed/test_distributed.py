@@ -10,6 +10,8 @@ from tests.distributed import harness
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("no gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker: all checks share a run
+
 QUICK = ("checks_draws", "checks_ddp", "checks_fsdp", "checks_tensor_parallel", "checks_dynamo")
 SLOW = ("checks_slow",)
 
