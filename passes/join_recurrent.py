@@ -69,13 +69,13 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
     graph, reverse = node.graph, node.args[-1]
     device = cast(torch.Tensor, value_of(node.args[1])).device
     with graph.inserting_before(node):
-        weight = inputs.weight
-        if inputs.cols is not None:
-            weight = graph.call_function(ops.take_op, (weight, *inputs.cols, 1, 0))
         biases = _biases(graph, inputs.bias, node.args[5])
         if device.type == "cpu" and not context.eager:
-            results = _one_dnn(node, inputs.x, weight, biases)
+            results = _one_dnn(node, inputs, biases)
         else:
+            weight = inputs.weight
+            if inputs.cols is not None:
+                weight = graph.call_function(ops.take_op, (weight, *inputs.cols, 1, 0))
             x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
             results = _function(node, x, weight, biases, context)
             results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
@@ -85,14 +85,17 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
     graph.erase_node(node)
 
 
-def _one_dnn(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node]) -> list[fx.Node]:
+def _one_dnn(node: fx.Node, inputs: _Inputs, biases: list[fx.Node]) -> list[fx.Node]:
     """Output and last states by an op of ours around oneDNN's, for compilers."""
     _, pre, h0, c0, w_hh, *_, reverse = node.args
-    graph = node.graph
+    graph, x = node.graph, inputs.x
     if not biases:
         gates = cast(torch.Tensor, value_of(pre)).size(-1)
         biases = [graph.call_method("new_zeros", (w_hh, (gates,)))] * 2
-    made = graph.call_function(ops.lstm_layer_op, (x, weight, w_hh, *biases, h0, c0, reverse, _kept_size(x, w_hh)))
+    operands = x, inputs.weight, w_hh, *biases, h0, c0
+    made = graph.call_function(
+        ops.lstm_layer_op, (*operands, reverse, _kept_size(x, w_hh), *(inputs.cols or (None, 0)))
+    )
     return [graph.call_function(operator.getitem, (made, number)) for number in range(3)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import INSTEAD, whole
+from dropfx.ops.linear import kept_weight_op, worth_gathering_again
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import Runs, runs, stored_transposed, take
 
@@ -34,7 +35,8 @@ class _KeptLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """y [*, N'], in whose derivative `compact` stands for the weight."""
-        ctx.save_for_backward(x, compact, rows, cols)
+        ctx.again = worth_gathering_again(x, compact)
+        ctx.save_for_backward(x, weight if ctx.again else compact, rows, cols)
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
         ctx.flipped = stored_transposed(weight)
         kept = runs(rows, row_run)
@@ -49,12 +51,14 @@ class _KeptLinear(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
-        x, compact, *starts = ctx.saved_tensors
+        x, kept, *starts = ctx.saved_tensors
         rows, cols = map(runs, starts, ctx.runs)
         wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.size(-1))
         dx = dw = db = None
         if wants_x:
+            flat = [part for axis in zip(starts, ctx.runs, strict=True) for part in axis]
+            compact = kept_weight_op(kept, *flat, after=grad) if ctx.again else kept
             dx = scaled_mm(dy, compact.to(dy.dtype), ctx.scale).to(x.dtype).view(x.shape)
         if wants_weight:
             flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape

@@ -118,6 +118,15 @@ def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+def worth_gathering_again(x: Tensor, compact: Tensor) -> bool:
+    """Whether that hardly takes time, and a kept weight more than the mask and the dropped x, which nobody keeps.
+
+    False where sizes vary: a compiler would compile again for the other answer.
+    """
+    sizes = _rows(x), compact.numel(), x.numel()
+    return all(type(n) is int for n in sizes) and sizes[0] >= _GATHER_AGAIN and sizes[1] > 2 * sizes[2]
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
     found = [_forward(flat[low:high], kept.take(weight), bias, kept, scale) for low, high, kept in parts]
@@ -260,7 +269,14 @@ torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_co
 autocast("linear")
 
 
-def _kept_weight(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor | None, col_run: int) -> Tensor:
+def _kept_weight(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    after: Tensor | None = None,
+) -> Tensor:
     out = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run)).take(weight)
     # a window: a registered op may not return a view of its input
     if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
@@ -268,20 +284,24 @@ def _kept_weight(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor
     return out
 
 
-def _kept_weight_fake(weight: Tensor, rows: Tensor | None, row_run: int, cols: Tensor | None, col_run: int) -> Tensor:
+def _kept_weight_fake(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    after: Tensor | None = None,
+) -> Tensor:
     n = weight.size(0) if rows is None else rows.size(-1) * row_run
     k = weight.size(1) if cols is None else cols.size(-1) * col_run
     return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
 
 
 kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
-"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient."""
+"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient.
 
-
-def _worth_gathering_again(x: Tensor, compact: Tensor, weight: Tensor) -> bool:
-    """Whether that hardly takes time, and the copy more than the mask and the dropped x, which are not kept either."""
-    is_copy = not torch._C._is_alias_of(compact, weight)  # type: ignore[attr-defined]
-    return is_copy and _rows(x) >= _GATHER_AGAIN and compact.numel() > 2 * x.numel()
+Not before there is `after`, whose values are not read.
+"""
 
 
 class _Linear(torch.autograd.Function):
@@ -308,7 +328,8 @@ class _Linear(torch.autograd.Function):
             return _product(x, weight, bias, parts, scale)
         compact = parts[0].kept.take(weight)
         # one kept weight serves the input gradient too; of several groups they would add up
-        if wants_x and not _worth_gathering_again(x, compact, weight):
+        is_view = torch._C._is_alias_of(compact, weight)  # type: ignore[attr-defined]
+        if wants_x and (is_view or not worth_gathering_again(x, compact)):
             ctx.compact = compact
         return _forward(x, compact, bias, parts[0].kept, scale)
 

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dropfx import ops
 from dropfx.errors import DoubleBackwardError
+from dropfx.ops import linear
 
 N, K, ROWS = 24, 24, 6
 KEPT = {  # starts and run
@@ -71,6 +72,23 @@ def test_gradcheck(name: str) -> None:
     rows, cols = starts_of("blocks"), starts_of(name)
     x, weight, bias = operands(cols)
     assert torch.autograd.gradcheck(lambda *t: product(t[0], weight, t[1], rows, cols, 2.0), (x, bias))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_large_weight_is_gathered_again(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_GATHER_AGAIN", 0 if again else ROWS + 1)
+    cols = starts_of("wide")
+    leaves = operands(cols)
+
+    def gradients(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(product(x, weight, bias, (None, 0), cols, 2.0).square().sum(), (x, weight, bias))
+
+    found = gradients(*leaves)
+    expected = torch.autograd.grad(ops.linear_op(*leaves, None, 0, *cols, 2.0).square().sum(), leaves)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    targets = [node.target for node in make_fx(gradients)(*leaves).graph.nodes]
+    assert targets.count(ops.kept_weight_op) == 1 + again
 
 
 def test_no_bias_leading_dimensions_and_frozen_operands() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops import lstm_layer_op
+from dropfx.ops import EAGER, lstm_layer_op, take_op
 from dropfx.ops.recurrent import one_dnn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -42,6 +42,24 @@ def test_is_torchs(reverse: bool, size: int | None) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_on_kept_columns_of_the_inputs_weight() -> None:
+    """Backward gathers them again, and the gradient is dense."""
+    _, (_, *others), x, h, c = operands(False)
+    starts, run = torch.tensor([0, 8]), 4
+    wide = torch.randn(4 * UNITS, 3 * run, requires_grad=True)
+    taken = EAGER[take_op](wide, starts, run, 1)
+    leaves = [x, h, c, wide, *others]
+    cotangent = torch.randn(STEPS, BATCH, UNITS)
+    expected, found = (
+        lstm_layer_op(x, weight, *others, h[0], c[0], False, KNOWN, *cols)[0]
+        for weight, cols in ((taken, ()), (wide, (starts, run)))
+    )
+    assert torch.equal(found, expected)
+    of_found, of_expected = (torch.autograd.grad(out, leaves, cotangent) for out in (found, expected))
+    for got, want in zip(of_found, of_expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_not_all_results_used_nor_all_gradients_asked() -> None:
     model, weights, x, h, c = operands(False)
     frozen = [w.detach() for w in weights[:2]]
@@ -73,4 +91,7 @@ def test_the_bound_of_varying_sizes_holds_and_is_not_far(sizes: tuple[int, int, 
 def test_opcheck(size: int | None) -> None:
     _, weights, x, h, c = operands(False)
     values = [t.detach() for t in (x, *weights, h[0], c[0])]
-    torch.library.opcheck(lstm_layer_op, (*values, False, size), test_utils=("test_schema", "test_faketensor"))
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(lstm_layer_op, (*values, False, size), test_utils=checks)
+    values[1] = torch.randn(4 * UNITS, 12)
+    torch.library.opcheck(lstm_layer_op, (*values, False, size, torch.tensor([0, 8]), 4), test_utils=checks)

@@ -2,8 +2,9 @@
 
 PyTorch 2.13 breaks where AOTAutograd traces torch.lstm to `aten.mkldnn_rnn_layer`.
 
-    x [T, B, I], w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H], h0 and c0 [B, H] -> all h [T, B, H], the last h and c,
+    x [T, B, I'], w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H], h0 and c0 [B, H] -> all h [T, B, H], the last h and c,
     and what oneDNN's backward needs, in its own format
+    cols: starts of the runs of w_ih's columns that x has, or None for all; backward gathers them again
 
 How large the last one is only running it tells, and a compiler wants to know before. `kept_size` runs it for that, once
 for each size, and what it says is an argument. Where sizes vary there is no such number, and the bytes come at the head
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dropfx.ops.define import define, first_derivative_only
+from dropfx.ops.runs import KeptWeight, runs
 
 _LSTM = 2  # its mode
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -36,10 +38,22 @@ def _layer(
     c0: Tensor,
     reverse: bool,
     size: int | None,
+    cols: Tensor | None = None,
+    col_run: int = 0,
 ) -> _Results:
-    # autocast may have been here
-    out, h, c, kept = _run([t.float().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)], reverse)
+    operands = _operands([x, w_ih, w_hh, b_ih, b_hh, h0, c0], _kept(w_ih, cols, col_run))
+    out, h, c, kept = _run(operands, reverse)
     return out.contiguous(), h.clone(), c.clone(), *_boxed(kept, _bound(x, w_hh) if size is None else size)
+
+
+def _kept(w_ih: Tensor, cols: Tensor | None, col_run: int) -> KeptWeight:
+    return KeptWeight(w_ih, None, runs(cols, col_run))
+
+
+def _operands(tensors: list[Tensor], weight: KeptWeight) -> list[Tensor]:
+    """As oneDNN takes them: of W_ih the kept columns, and all in float32, for autocast may have been here."""
+    x, w_ih, *others = tensors
+    return [t.float().contiguous() for t in (x, weight.take(w_ih), *others)]
 
 
 def _run(tensors: list[Tensor], reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -77,7 +91,7 @@ def _boxed(kept: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _layer_fake(x: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> _Results:
-    _, _, h0, c0, _, size = rest
+    _, _, h0, c0, _, size, *_ = rest
     shapes = (*x.shape[:2], w_hh.size(1)), h0.shape, c0.shape
     out, h, c = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     kept = x.new_empty(_bound(x, w_hh) if size is None else size, dtype=torch.uint8)
@@ -91,23 +105,28 @@ def _layer_backward(
     tensors: list[Tensor],
     results: list[Tensor],
     reverse: bool,
+    cols: Tensor | None,
+    col_run: int,
     mask: list[bool],
 ) -> list[Tensor]:
-    contiguous = [t.float().contiguous() for t in tensors]
+    weight = _kept(tensors[1], cols, col_run)
+    operands = _operands(tensors, weight)
     given = [None if g is None else g.contiguous() for g in (grad, grad_h, grad_c)]
     *outputs, kept, used = results
-    kept = kept[: int(used)] if used else _run(contiguous, reverse)[-1]
+    kept = kept[: int(used)] if used else _run(operands, reverse)[-1]
     units = outputs[1].size(1)
     made = torch.ops.aten.mkldnn_rnn_layer_backward(
-        *contiguous, *outputs, *given, reverse, _LSTM, units, 1, True, True, False, [], False, kept
+        *operands, *outputs, *given, reverse, _LSTM, units, 1, True, True, False, [], False, kept
     )
     grads = [g.to(t.dtype) for g, t in zip(made, tensors, strict=True)]
+    if mask[1]:
+        grads[1] = weight.put(grads[1])
     grads[4] = grads[4].clone()  # the two biases have one gradient, which an op may not return twice
     return [g for g, asked in zip(grads, mask, strict=True) if asked]
 
 
 def _layer_backward_fake(*args: Any) -> list[Tensor]:
-    *_, tensors, _, _, mask = args
+    *_, tensors, _, _, _, _, mask = args
     return [t.new_empty(t.shape) for t, asked in zip(tensors, mask, strict=True) if asked]
 
 
@@ -117,15 +136,17 @@ first_derivative_only(_backward_op, instead="dropfx.compile(model), without a co
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.reverse, _, cols, ctx.col_run = inputs
+    ctx.save_for_backward(*tensors, *output, cols)
     ctx.set_materialize_grads(False)
 
 
 def _formula(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any) -> Any:
-    saved, mask = list(ctx.saved_tensors), list(ctx.needs_input_grad[:7])
-    made = iter(_backward_op(grad, grad_h, grad_c, saved[:7], saved[7:], ctx.reverse, mask))
-    return *(next(made) if asked else None for asked in mask), None, None
+    *saved, cols = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:7])
+    given = grad, grad_h, grad_c, saved[:7], saved[7:]
+    made = iter(_backward_op(*given, ctx.reverse, cols, ctx.col_run, mask))
+    return *(next(made) if asked else None for asked in mask), *[None] * 4
 
 
 torch.library.register_autograd(lstm_layer_op, _formula, setup_context=_save)
