@@ -51,14 +51,14 @@ class _KeptLinear(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
-        x, kept, *starts = ctx.saved_tensors
-        rows, cols = map(runs, starts, ctx.runs)
+        x, kept, row_starts, col_starts = ctx.saved_tensors
+        at = row_starts, ctx.runs[0], col_starts, ctx.runs[1]
+        rows, cols = runs(*at[:2]), runs(*at[2:])
         wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.size(-1))
         dx = dw = db = None
         if wants_x:
-            flat = [part for axis in zip(starts, ctx.runs, strict=True) for part in axis]
-            compact = kept_weight_op(kept, *flat, after=grad) if ctx.again else kept
+            compact = kept_weight_op(kept, *at, after=grad) if ctx.again else kept
             dx = scaled_mm(dy, compact.to(dy.dtype), ctx.scale).to(x.dtype).view(x.shape)
         if wants_weight:
             flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape

@@ -120,7 +120,7 @@ def _layer_backward(
     )
     grads = [g.to(t.dtype) for g, t in zip(made, tensors, strict=True)]
     if mask[1]:
-        grads[1] = weight.put(grads[1])
+        grads[1] = weight.put(grads[1]).contiguous()
     grads[4] = grads[4].clone()  # the two biases have one gradient, which an op may not return twice
     return [g for g, asked in zip(grads, mask, strict=True) if asked]
 
