@@ -3,7 +3,8 @@
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.kept_linear import kept_linear
-from dropfx.ops.linear import kept_weight_op, linear_op
+from dropfx.ops.kept_weight import kept_weight_op
+from dropfx.ops.linear import linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
 from dropfx.ops.recurrent.gather_again import gather_again

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import INSTEAD, whole
-from dropfx.ops.linear import kept_weight_op, worth_gathering_again
+from dropfx.ops.kept_weight import kept_weight_op, worth_gathering_again
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import Runs, runs, stored_transposed, take
 

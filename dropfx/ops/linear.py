@@ -20,15 +20,9 @@ from torch import Tensor
 
 from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
+from dropfx.ops.kept_weight import worth_gathering_again
 from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
 from dropfx.ops.runs import KeptWeight, put, runs, stored_transposed, take
-
-_GATHER_AGAIN = 512
-"""Rows of x from which on a large kept weight is gathered again for the input gradient rather than held until then.
-
-Gathering costs as much as the products of a dozen rows, so about 1% of all three products of this many. With fewer rows
-the copy is no matter: activations are small beside the weights' gradients, which take its place in backward.
-"""
 
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
@@ -116,15 +110,6 @@ def _parts(x: Tensor, weight: Tensor, rows: KeptAxis, cols: KeptAxis) -> list[_P
 
 def _rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
-
-
-def worth_gathering_again(x: Tensor, compact: Tensor) -> bool:
-    """Whether that hardly takes time, and a kept weight more than the mask and the dropped x, which nobody keeps.
-
-    False where sizes vary: a compiler would compile again for the other answer.
-    """
-    sizes = _rows(x), compact.numel(), x.numel()
-    return all(type(n) is int for n in sizes) and sizes[0] >= _GATHER_AGAIN and sizes[1] > 2 * sizes[2]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
@@ -267,41 +252,6 @@ def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
 
 torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_context=_save)
 autocast("linear")
-
-
-def _kept_weight(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    after: Tensor | None = None,
-) -> Tensor:
-    out = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run)).take(weight)
-    # a window: a registered op may not return a view of its input
-    if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
-        return _kept_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
-    return out
-
-
-def _kept_weight_fake(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    after: Tensor | None = None,
-) -> Tensor:
-    n = weight.size(0) if rows is None else rows.size(-1) * row_run
-    k = weight.size(1) if cols is None else cols.size(-1) * col_run
-    return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
-
-
-kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
-"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient.
-
-Not before there is `after`, whose values are not read.
-"""
 
 
 class _Linear(torch.autograd.Function):

@@ -14,7 +14,7 @@ import dropfx
 from dropfx.bench import harness
 from dropfx.bench.lstm import Case
 from dropfx.bench.steps import Workload
-from dropfx.ops import EAGER, gather_again, linear, linear_op, take_op
+from dropfx.ops import EAGER, gather_again, kept_weight, linear_op, take_op
 
 STEPS, BATCH, INPUTS, UNITS = 3, 2, 12, 4
 STARTS, RUN = torch.tensor([0, 8]), 4
@@ -102,7 +102,7 @@ def test_where_hooks_are_forbidden() -> None:
 @pytest.mark.parametrize("threshold", [0, 10**9])
 def test_linear(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "_GATHER_AGAIN", threshold)
+    monkeypatch.setattr(kept_weight, "_GATHER_AGAIN", threshold)
     x, weight, bias = torch.randn(6, 8), torch.randn(40, 12), torch.randn(40)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     out = EAGER[linear_op](*leaves, None, 0, STARTS, RUN, 2.0)

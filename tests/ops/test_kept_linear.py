@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dropfx import ops
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops import linear
+from dropfx.ops import kept_weight
 
 N, K, ROWS = 24, 24, 6
 KEPT = {  # starts and run
@@ -76,7 +76,7 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_large_weight_is_gathered_again(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_GATHER_AGAIN", 0 if again else ROWS + 1)
+    monkeypatch.setattr(kept_weight, "_GATHER_AGAIN", 0 if again else ROWS + 1)
     cols = starts_of("wide")
     leaves = operands(cols)
 

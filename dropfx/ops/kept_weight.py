@@ -1,0 +1,60 @@
+"""W' = W[rows][:, cols] as a value of its own, and whether it waits for backward or is gathered again there.
+
+Shapes: W [N, K], W' [N', K'], x [*, K']
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropfx.ops.define import define
+from dropfx.ops.runs import KeptWeight, runs, stored_transposed
+
+_GATHER_AGAIN = 512
+"""Rows of x from which on a large kept weight is gathered again for the input gradient rather than held until then.
+
+Gathering costs as much as the products of a dozen rows, so about 1% of all three products of this many. With fewer rows
+the copy is no matter: activations are small beside the weights' gradients, which take its place in backward.
+"""
+
+
+def worth_gathering_again(x: Tensor, compact: Tensor) -> bool:
+    """Whether that hardly takes time, and a kept weight more than the mask and the dropped x, which nobody keeps.
+
+    False where sizes vary: a compiler would compile again for the other answer.
+    """
+    sizes = math.prod(x.shape[:-1]), compact.numel(), x.numel()
+    return all(type(n) is int for n in sizes) and sizes[0] >= _GATHER_AGAIN and sizes[1] > 2 * sizes[2]
+
+
+def _kept_weight(
+    weight: Tensor,
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    after: Tensor | None = None,
+) -> Tensor:
+    out = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run)).take(weight)
+    # a window: a registered op may not return a view of its input
+    if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
+        return _kept_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
+    return out
+
+
+def _kept_weight_fake(weight: Tensor, *runs_of_axes: Any) -> Tensor:
+    rows, row_run, cols, col_run, *_ = runs_of_axes
+    n = weight.size(0) if rows is None else rows.size(-1) * row_run
+    k = weight.size(1) if cols is None else cols.size(-1) * col_run
+    return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
+
+
+kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
+"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient.
+
+Not before there is `after`, whose values are not read.
+"""
