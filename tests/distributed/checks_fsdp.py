@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import dropfx
+from dropfx.ops import linear
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.checks_ddp import Checkpointed, forward_backward_once
@@ -79,6 +81,14 @@ def run_before_it_is_sharded() -> None:
 def when_parameters_are_freed() -> None:
     for reshard in (True, False):
         train(make(), shard_blocks(compiled(make()), reshard_after_forward=reshard), steps=2)
+
+
+@checks
+def weights_are_gathered_again_when_parameters_were_freed() -> None:
+    with mock.patch.object(linear, "worth_gathering_again", return_value=True) as asked:
+        for shard in SHARDINGS:
+            train(make(), compiled(shard(make(), reshard_after_forward=True)), steps=2)
+    assert asked.called
 
 
 @checks
