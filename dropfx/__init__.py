@@ -1,7 +1,7 @@
 """dropfx: the PyTorch graph compiler pass that stops paying for dropped activations."""
 
 from dropfx import patterns, testing
-from dropfx.compiler import compile, restore
+from dropfx.frontend.compile import compile, restore
 from dropfx.errors import (
     DropfxError,
     InvalidInput,

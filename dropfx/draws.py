@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dropfx.patterns import Block, Kept, KeptTiles, Pattern, Realisation, Slice, padded_scale, unwrapped
-from dropfx.runtime import runtime
+from dropfx.runtime import shared
 
 if TYPE_CHECKING:
     from dropfx.kernels.draw import DrawLaunch
@@ -54,7 +54,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def draw_number(device: torch.device) -> Tensor:
     """The one 64-bit number of a call, an int64 scalar on `device`, from that device's default generator."""
-    if runtime.own_numbers:
+    if shared.own_numbers:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.rand(1, device=device)  # not the first number that other random operations will see
             return torch.empty((), dtype=torch.int64, device=device).random_()

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import random
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from dropfx.compiled import State, swap, unswap
-from dropfx.compiler import check_inputs, check_model
-from dropfx.errors import DropfxError, InvalidInput, InvalidModel, InvalidOption
+from dropfx.errors import DropfxError, InvalidInput, InvalidOption
+from dropfx.frontend.compile import check_inputs, check_model, has_forward
+from dropfx.frontend.compiled_module import State, swap
+from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.trial import copy_inputs, generators_kept, training_copy
 from dropfx.options import make_options
-from dropfx.packed import opened
 from dropfx.pass_infra import Options, Site
 from dropfx.runtime import numbers_of_their_own
-from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
-from dropfx.tracing import random_state, restore_random
 
 
 @dataclass(frozen=True)
@@ -150,13 +142,15 @@ def explain(
         InvalidModel (TypeError), InvalidOption (ValueError), InvalidInput (ValueError): as `dropfx.compile` does.
     """
     check_model(model)
-    checked = _options_for(model, options)
+    checked = options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     if tensor_parallel(model, (inputs, kwargs)):  # left alone as a whole: there is nothing to try
         opaque = {"": TENSOR_PARALLEL}
         return Report(_unreached(model, opaque), 0, 0, opaque)
     trial = training_copy(model)
-    swap(trial, State(checked, quiet=True))
+    swap(trial, state := State(checked))
+    if not has_forward(model):
+        state.adopt_parts(trial)
     args, named = copy_inputs((inputs, kwargs or {}))
     with torch.inference_mode(False), torch.enable_grad(), generators_kept(), numbers_of_their_own():
         try:
@@ -169,7 +163,7 @@ def explain(
     return _report(trial, checked)
 
 
-def _options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
+def options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
     if options is not None and not isinstance(options, dict):
         raise InvalidOption(f"options: got {type(options).__name__}, accepted is a dict of dropfx.compile's options")
     state = model.__dict__.get("_dropfx")
@@ -179,68 +173,20 @@ def _options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
     return make_options(**(options or {}))
 
 
-def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
-    """An uncompiled copy of the model in training mode; its parameters are the model's own where `share`.
-
-    Raises:
-        InvalidModel: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
-    for module in model.modules():
-        for leaf in pytree.tree_leaves(list(vars(module).values())):
-            if isinstance(leaf, Tensor) and not is_lazy(leaf) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach().clone()  # an activation that the forward keeps: deepcopy refuses it
-    try:
-        trial = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise InvalidModel(f"model: it cannot be copied for a trial run: {error}") from error
-    unswap(trial)
-    return trial.train()
-
-
-def copy_inputs(inputs: Any) -> Any:
-    """Copies of all tensors in a structure of inputs, so that a trial cannot write into the user's."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad) if not t.is_sparse else t, opened(inputs)
-    )
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Restore the states of PyTorch's, Python's and NumPy's random generators on leaving."""
-    state = random_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        restore_random(state)
-
-
-def seed_others(seed: int) -> None:
-    """Seed Python's and NumPy's generators."""
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed)
-
-
 def _report(trial: nn.Module, options: Options) -> Report:
     sites: list[SiteReport] = []
     opaque: dict[str, str] = {}
     lowerings: dict[str, str] = {}
     dense = compact = 0
-    for path, module in trial.named_modules():
+    for module in trial.modules():
         state = module.__dict__.get("_dropfx")
-        if state is None:
+        if state is None or state.capture is None:
             continue
-        if state.opaque:
-            opaque[path] = state.opaque
-        for specialisation in (s for specs in state.cache.values() for s in specs):
-            context = specialisation.context
+        opaque.update(state.capture.left)
+        for context in (c for graph in state.capture.graphs for variant in graph.variants for c in variant.contexts):
             sites += [_row(site, options) for site in context.sites]
             dense, compact = dense + context.flops_dense, compact + context.flops_compact
             lowerings.update(context.lowerings)
-            leaves = specialisation.leaves.items()
-            opaque.update({f"{state.prefix}{leaf}": reason for leaf, reason in leaves if reason})
     listed = {site.name for site in sites}
     sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
     return Report(sites, dense, compact, opaque, lowerings)

@@ -112,3 +112,16 @@ def insert(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], l
     node = graph.call_function(target, args)
     node.meta = dict(like.meta)
     return node
+
+
+def substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Let all readers of `node` read `value`, a node or a constant, and erase it."""
+
+    def put(operand: fx.Node) -> Any:
+        """The operand, or the value in the place of the node."""
+        return value if operand is node else operand
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, put)
+        user.kwargs = fx.node.map_arg(user.kwargs, put)
+    graph.erase_node(node)

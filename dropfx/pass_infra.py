@@ -16,6 +16,7 @@ from dropfx.devices import DeviceCosts
 from dropfx.errors import PassError
 from dropfx.graphs import clean_up
 from dropfx.patterns import Pattern, Realisation
+from dropfx.runtime import Call
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Site:
     """One dropout of the graph.
 
     Attributes:
-        name: as in `record` and `explain`.
-        rate: the `p` that the model asks for.
-        live: (module path, attribute) from which the rate is read at each call; None for a constant.
+        call: which dropout, and the how manieth call of it.
+        rate: the `p` that the model asks for, as it was when the graph was rewritten.
+        live: number of the rate among those that a call brings along; None for a constant.
         node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
         axis: its unit axis, counted from the end.
         rank, leading: dimensions of its tensor, and the length of the first one in the trace.
@@ -56,9 +57,9 @@ class Site:
         reason: why the site runs as written, "" where it is rewritten.
     """
 
-    name: str
+    call: Call
     rate: float
-    live: tuple[str, str] | None = None
+    live: int | None = None
     node: fx.Node | None = None
     axis: int = -1
     rank: int = 0
@@ -75,9 +76,9 @@ class Site:
     predicted_speedup: float = 1.0
 
     @property
-    def takes_rate(self) -> bool:
-        """Runs as written, with a rate that must follow the module's attribute."""
-        return self.node is not None and bool(self.reason) and self.live is not None
+    def name(self) -> str:
+        """As in `record` and `explain`."""
+        return self.call.name
 
     @property
     def rewritten(self) -> bool:
@@ -93,7 +94,6 @@ class Context:
         options: the user's.
         costs: the device's.
         eager: the graph runs as plain Python, not through a further compiler.
-        prefix: what the names of sites begin with: the path of the traced module.
         sites: filled by find_sites, decided by plan_regions.
         draws: site index -> placeholder nodes, filled by insert_draws.
         lowerings: gathered op and its sites -> lowering and why, where there was a choice; filled by lower.
@@ -103,7 +103,6 @@ class Context:
     options: Options
     costs: DeviceCosts
     eager: bool = True
-    prefix: str = ""
     sites: list[Site] = field(default_factory=list)
     draws: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
     lowerings: dict[str, str] = field(default_factory=dict)

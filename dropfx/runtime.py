@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +18,49 @@ from dropfx.sites import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
 Masks = dict[str, Tensor]
 
 
-class _Runtime:
-    """The one instance is `runtime`."""
+class Call(NamedTuple):
+    """One call of what drops: which, the how manieth of a forward, and the part of it.
+
+    Attributes:
+        what: path of a module; of what a forward calls by itself, "path:dropout" or "path:bernoulli".
+        part: "dropout[0]" and so on of a recurrent module.
+    """
+
+    what: str
+    number: int = 1
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in `record` and `explain` (docs/how_it_works.md)."""
+        if self.what.endswith((":dropout", ":bernoulli")):
+            return f"{self.what}_{self.number}"
+        plain = ".".join(filter(None, (self.what, self.part)))
+        return plain if self.number == 1 else f"{plain}#{self.number}"
+
+
+class Frame:
+    """What one compiled forward records, graph by graph.
+
+    Attributes:
+        masks: site name -> multiplier.
+        calls: calls that earlier graphs of this forward have made.
+    """
 
     def __init__(self) -> None:
-        self.records: list[list[Masks]] = []
-        self.frame: Masks | None = None
-        self.disabled = 0
-        self.keeping = 0
-        self.own_numbers = 0
-        self.traces = 0
+        self.masks: Masks = {}
+        self.calls: Counter[str] = Counter()
+
+    def note(self, call: Call, mask: Tensor, suffix: str = "") -> None:
+        """Record one site's multiplier; the suffix tells the multipliers of one call apart."""
+        self.masks[call._replace(number=self.calls[call.what] + call.number).name + suffix] = mask
+
+
+class _Runtime(threading.local):
+    """The one instance is `runtime`: what is a thread's own, beside what `shared` by all."""
+
+    frame: Frame | None = None
+    keeping = 0
 
     @contextmanager
     def keeping_all(self) -> Iterator[None]:
@@ -38,42 +72,35 @@ class _Runtime:
             self.keeping -= 1
 
     @contextmanager
-    def keeping_none(self) -> Iterator[None]:
-        """While a forward is traced."""
-        before, self.keeping = self.keeping, 0
-        try:
-            yield
-        finally:
-            self.keeping = before
-
-    @contextmanager
     def outermost(self) -> Iterator[None]:
         """One dict a compiled forward: compiled modules inside a compiled module write into its dict."""
-        if not self.records or self.frame is not None:
+        if not shared.records or self.frame is not None:
             yield
             return
-        self.frame = {}
+        self.frame = Frame()
         try:
             yield
         finally:
-            masks, self.frame = self.frame, None
-            for record in self.records:
+            masks, self.frame = self.frame.masks, None
+            for record in shared.records:
                 record.append(masks)
 
-    def note(self, name: str, mask: Tensor, suffix: str = "") -> None:
-        """Record one site's multiplier; a second call of a module gets the name that design section 8 gives it.
 
-        The suffix tells the multipliers of one call apart.
-        """
-        assert self.frame is not None
-        functional = re.fullmatch(r"(.*:(?:dropout|bernoulli)_)\d+", name)
-        plain, count = name, 1
-        while name + suffix in self.frame:
-            count += 1
-            name = f"{functional[1]}{count}" if functional else f"{plain}#{count}"
-        self.frame[name + suffix] = mask
+class _Shared:
+    """What all threads see.
+
+    Attributes:
+        rewritten: graphs that were rewritten so far.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[list[Masks]] = []
+        self.disabled = 0
+        self.own_numbers = 0
+        self.rewritten = 0
 
 
+shared = _Shared()
 runtime = _Runtime()
 
 
@@ -81,21 +108,21 @@ runtime = _Runtime()
 def recording() -> Iterator[list[Masks]]:
     """Collect the multipliers of every compiled forward inside the context."""
     masks: list[Masks] = []
-    runtime.records.append(masks)
+    shared.records.append(masks)
     try:
         yield masks
     finally:
-        runtime.records.remove(masks)
+        shared.records.remove(masks)
 
 
 @contextmanager
 def numbers_of_their_own() -> Iterator[None]:
     """Leave PyTorch's generator as it was after each draw, so that other random operations repeat without dropfx."""
-    runtime.own_numbers += 1
+    shared.own_numbers += 1
     try:
         yield
     finally:
-        runtime.own_numbers -= 1
+        shared.own_numbers -= 1
 
 
 @contextmanager
@@ -104,12 +131,12 @@ def disabled() -> Iterator[None]:
 
     For debugging: the loss without dropout, with `model.training` and everything else as it is.
     """
-    runtime.disabled += 1
+    shared.disabled += 1
     try:
         with _KeepAll():
             yield
     finally:
-        runtime.disabled -= 1
+        shared.disabled -= 1
 
 
 def backward_under(

@@ -12,7 +12,7 @@ from dropfx.draws import Draw, DrawPlan, TileDraw
 from dropfx.ops.groups import by_row
 from dropfx.pass_infra import Context, Site
 from dropfx.patterns import Realisation, Tile
-from dropfx.runtime import runtime
+from dropfx.runtime import Frame
 
 
 class SiteDraws:
@@ -49,22 +49,22 @@ class SiteDraws:
             return {index: draw.by_unit() if isinstance(draw, Draw) else draw for index, draw in draws.items()}
         return draws
 
-    def record(self, draws: dict[int, Draw | TileDraw], rows: Sequence[int]) -> None:
+    def record(self, frame: Frame, draws: dict[int, Draw | TileDraw], rows: Sequence[int]) -> None:
         """Note the multipliers; `rows` has the length of each site's leading axis where there are groups."""
         lengths = dict(zip(grouped(self._context), rows, strict=False))
         for index, draw in draws.items():
             site = self._context.sites[index]
             if isinstance(draw, TileDraw):
-                self._record_tiles(site, draw)
+                self._record_tiles(frame, site, draw)
             else:
-                runtime.note(site.name, _multiplier(site, draw, lengths.get(index)))
+                frame.note(site.call, _multiplier(site, draw, lengths.get(index)))
 
-    def _record_tiles(self, site: Site, draw: TileDraw) -> None:
+    def _record_tiles(self, frame: Frame, site: Site, draw: TileDraw) -> None:
         pattern = self._context.options.pattern
         assert isinstance(pattern, Tile)
         for number, weight in enumerate(site.weights):
             suffix = f"[{number}]" if len(site.weights) > 1 else ""
-            runtime.note(site.name, draw.mask(*weight, pattern.shape, site.dtype).to(site.device), suffix)
+            frame.note(site.call, draw.mask(*weight, pattern.shape, site.dtype).to(site.device), suffix)
 
 
 def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:

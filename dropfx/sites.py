@@ -42,26 +42,7 @@ RECURRENT_FUNCTIONS: dict[Any, str] = {
 
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
-LEAF_MODULES = (nn.RNNBase, nn.MultiheadAttention)
-"""torch.nn modules that hold dropouts and stay calls."""
-
-INLINED_MODULES: tuple[type[nn.Module], ...] = (
-    *DROPOUT_MODULES,
-    nn.Linear,
-    nn.Embedding,
-    *(nn.LSTMCell, nn.GRUCell, nn.RNNCell),
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Identity,
-    nn.Sequential,
-    nn.ModuleList,
-    nn.ModuleDict,
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Tanhshrink),
-    *(nn.Hardtanh, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Softplus, nn.Sigmoid),
-    *(nn.LogSigmoid, nn.Hardsigmoid, nn.Threshold),
-)
-"""torch.nn modules, by exact type, whose forward is recorded as the functions that it calls."""
-
+RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
 
 def may_drop(root: nn.Module) -> bool:
     """Whether any module below could drop, as far as types and the names in its code tell."""

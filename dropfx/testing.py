@@ -13,15 +13,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dropfx.compiled import State, swap
-from dropfx.compiler import check_inputs, check_model
+from dropfx.frontend.compiled_module import State, swap
+from dropfx.frontend.compile import check_inputs, check_model
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
-from dropfx.explain import _options_for, copy_inputs, generators_kept, seed_others, training_copy
+from dropfx.explain import options_for
+from dropfx.frontend.trial import copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.layered import layered
-from dropfx.packed import opened
+from dropfx.frontend.packed_sequence import opened
 from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
-from dropfx.sharding import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -71,12 +72,12 @@ def assert_equivalent(
         NotEquivalent (AssertionError): names each tensor that differs and by how much.
     """
     check_model(model)
-    checked = _options_for(model, options)
+    checked = options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     if tensor_parallel(model, (inputs, kwargs)):
         raise InvalidModel(f"model: nothing of it is compiled, there is nothing to compare: {TENSOR_PARALLEL}")
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
-    swap(compiled, State(checked, quiet=True))
+    swap(compiled, State(checked))
     with generators_kept():
         seed = torch.seed()
         with record() as masks, numbers_of_their_own():

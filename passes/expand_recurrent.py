@@ -19,6 +19,7 @@ from dropfx import ops
 from dropfx.emit import Emitter
 from dropfx.graphs import argument, value_of
 from dropfx.pass_infra import Context, PassResult
+from dropfx.runtime import Call as SiteCall
 from dropfx.sites import RECURRENT_FUNCTIONS
 
 
@@ -146,7 +147,5 @@ def _layer(
 
 def _site(node: fx.Node, call: Call, gap: int) -> dict[str, Any]:
     """Name and live rate of the dropout behind a layer."""
-    known = node.meta.get("recurrent", {"path": node.name, "calls": 1, "live": None})
-    name = f"{known['path']}.dropout[{gap}]" if known["path"] else f"dropout[{gap}]"
-    name = name if known["calls"] == 1 else f"{name}#{known['calls']}"
-    return {"name": name, "rate": call.dropout, "live": known["live"]}
+    known = node.meta.get("recurrent", {"call": SiteCall(node.name), "rate": call.dropout, "live": None})
+    return {**known, "call": known["call"]._replace(part=f"dropout[{gap}]")}

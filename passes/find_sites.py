@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-from torch import fx, nn
+from torch import fx
 
 from dropfx.graphs import argument, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.regions import recurrent_weight
+from dropfx.runtime import Call
 from dropfx.shared_dropout import shared_dropout
 from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
 
@@ -20,27 +19,20 @@ _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
     """Fill context.sites in graph order; changes nothing."""
     mark_gradients(module.graph)
-    calls: Counter[str] = Counter()
     for node in module.graph.nodes:
-        if node.op == "call_module":
-            context.sites += _inside(str(node.target), module.get_submodule(str(node.target)))
-        elif node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
+        if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
             context.sites.append(_site(node, context))
         elif node.op == "call_function" and node.target in OTHER_DROPOUTS and _drops(node):
-            name = f"{node.meta.get('path', '')}:{op_name(node)}"
-            calls[name] += 1
-            name = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            context.sites.append(Site(name, _rate(node), reason=OTHER_DROPOUTS[node.target]))
-    for site in context.sites:
-        site.name = _prefixed(context.prefix, site.name)
+            call = node.meta.get("other", Call(f":{op_name(node)}"))
+            context.sites.append(Site(call, _rate(node), reason=OTHER_DROPOUTS[node.target]))
     return PassResult(module, False)
 
 
 def _site(node: fx.Node, context: Context) -> Site:
-    known = node.meta.get("site", {"name": node.name, "rate": argument(node, 1, "p", 0.5), "live": None})
+    known = node.meta.get("site", {"call": Call(node.name), "rate": argument(node, 1, "p", 0.5), "live": None})
     rate = known["rate"]
     numeric = isinstance(rate, (int, float))
-    site = Site(known["name"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
+    site = Site(known["call"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
     site.reason = _refusal(node, site, context) if numeric else "its rate is computed in the forward"
     value = value_of(node)
     if not site.reason and value is not None:
@@ -113,11 +105,6 @@ def _one_mask(node: fx.Node, context: Context) -> str:
     return ""
 
 
-def _prefixed(prefix: str, name: str) -> str:
-    """prefix "a.b." + "drop" -> "a.b.drop";  + ":dropout_1" -> "a.b:dropout_1"."""
-    return prefix[:-1] + name if name.startswith((":", "#")) or not name else prefix + name
-
-
 def _drops(node: fx.Node) -> bool:
     if "dropout_p" in node.kwargs:
         return _rate(node) != 0
@@ -127,21 +114,3 @@ def _drops(node: fx.Node) -> bool:
 def _rate(node: fx.Node) -> float:
     rate = node.kwargs.get("dropout_p", argument(node, 1, "p", 0.5))
     return float(rate) if isinstance(rate, (int, float)) else 0.0
-
-
-def _inside(path: str, module: nn.Module) -> list[Site]:
-    """Dropouts that a module of torch.nn keeps to itself."""
-    if isinstance(module, nn.RNNBase) and module.dropout > 0:
-        kind = type(module).__name__
-        return [
-            Site(f"{path}.dropout[{gap}]", module.dropout, reason=f"it lies between the layers of nn.{kind}")
-            for gap in range(module.num_layers - 1)
-        ]
-    if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
-        return [Site(path, module.dropout, reason="it drops attention probabilities inside nn.MultiheadAttention")]
-    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.training:
-        reason = "alpha dropout keeps mean and variance with values other than 0"
-        return [Site(path, module.p, reason=reason)]
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
-        return [Site(path, module.p, reason=f"{type(module).__name__} is a subclass of a dropout or has hooks")]
-    return []

@@ -1,4 +1,4 @@
-"""graph(x) -> graph(x, starts_0, run_0, width_0, scale_0, rate_1, ...)        as the fields of the pattern are
+"""graph(x) -> graph(x, starts_0, run_0, width_0, scale_0, starts_1, ...)        as the fields of the pattern are
 
 Draws enter the graph as inputs, so that nothing can redraw, merge or hoist them (PyTorch issues 190717, 190758).
 """
@@ -14,8 +14,6 @@ from dropfx.regions import rows_source
 
 def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
     """Add the placeholders of every rewritten site, in the order of context.sites, after the graph's own.
-
-    A site that runs as written takes its rate as an input where the rate is an attribute that may change.
     """
     graph = module.graph
     first_other = next(node for node in graph.nodes if node.op != "placeholder")
@@ -25,8 +23,6 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
                 context.draws[index] = {
                     field: graph.placeholder(f"{field}_{index}") for field in context.options.pattern.fields
                 }
-            elif site.takes_rate and site.node is not None:
-                _set_rate(site.node, graph.placeholder(f"rate_{index}"))
     if context.options.grouped:
         _insert_rows(graph, context)
     return PassResult(module, True)
@@ -48,10 +44,3 @@ def _insert_rows(graph: fx.Graph, context: Context) -> None:
         if "form" in source.meta:  # its length does not depend on its form
             draw["leading"].meta["reads"] = {source: source.meta["form"]}
         output.args = ((*output.args[0], draw["leading"]),)  # type: ignore[misc]
-
-
-def _set_rate(node: fx.Node, rate: fx.Node) -> None:
-    if "p" in node.kwargs:
-        node.update_kwarg("p", rate)
-    else:
-        node.args = (node.args[0], rate, *node.args[2:]) if node.args else node.args

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from dropfx.emit import Emitter, fake_value
 from dropfx.graphs import argument, insert, op_name, value_of
 from dropfx.pass_infra import Context, PassResult
+from dropfx.runtime import Call
 from dropfx.shared_dropout import shared_dropout
 
 _PRODUCTS = ("mul", "multiply")
@@ -70,7 +71,7 @@ def _recognise(draw: fx.Node) -> bool:
             site = insert(draw.graph, shared_dropout, (_ones(draw), rate, shared, filled), like=draw)
         del site.meta["bernoulli"]
         erased = _without_scale(mask.nodes, site)
-    site.meta["site"] = {"name": draw.meta.get("bernoulli", site.name), "rate": rate, "live": None}
+    site.meta["site"] = {"call": draw.meta.get("bernoulli", Call(site.name)), "rate": rate, "live": None}
     for node in reversed(erased):  # a draw would stay though nobody reads it
         draw.graph.erase_node(node)
     return True

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from dropfx.compiled import NOTHING_DROPS, State, original_class, swap, unswap
 from dropfx.errors import DropfxError, InvalidInput, InvalidModel, NoDropoutWarning
+from dropfx.frontend.compiled_module import NOTHING_DROPS, State, original_class, swap, unswap
+from dropfx.frontend.dtensor import tensor_parallel
+from dropfx.frontend.trial import generators_kept, training_copy
 from dropfx.options import make_options
-from dropfx.packed import opened
 from dropfx.patterns import Pattern
-from dropfx.runtime import runtime
-from dropfx.sharding import tensor_parallel
 from dropfx.sites import may_drop
-from dropfx.specialise import key_of
-from dropfx.tracing import TraceRefused
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +46,7 @@ def compile(
         lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
             in Triton's interpreter; "auto" takes what is known to be faster, today "aten".
         min_speedup: predicted speed-up from which a site is rewritten; 0 rewrites all that can be.
-        example_inputs: inputs of a training call, to trace at once; else the first training call traces.
+        example_inputs: inputs of a training call, to capture at once; else the first training call does.
         example_kwargs: keyword inputs of that call.
 
     Raises:
@@ -71,10 +65,15 @@ def compile(
     examples = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if examples or example_kwargs:
         check_inputs(model, examples, example_kwargs or {})
-    unswap(model)
-    swap(model, State(options))
+    state = State(options)
     if examples or example_kwargs:
-        _specialise_now(model, examples, example_kwargs or {})
+        _capture_now(model, state, examples, example_kwargs or {})
+    unswap(model)
+    swap(model, state)
+    if has_forward(model):
+        state.watch(model)
+    else:  # a LightningModule, say: its steps call its parts
+        state.adopt_parts(model)
     return model
 
 
@@ -88,11 +87,6 @@ def restore(model: M) -> M:
         raise InvalidModel(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     unswap(model)
     return model
-
-
-def trace_count() -> int:
-    """Traces made by this process so far."""
-    return runtime.traces
 
 
 def check_model(model: Any) -> None:
@@ -121,42 +115,22 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise InvalidInput(f"example_inputs: they do not fit {type(model).__name__}.forward: {error}") from None
 
 
-def _specialise_now(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Trace with example inputs, as in training; the model's flags stay as they are."""
+def has_forward(model: nn.Module) -> bool:
+    """Whether the class of the model has a forward of its own."""
+    return original_class(model).forward is not nn.Module.forward  # type: ignore[attr-defined]
+
+
+def _capture_now(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Capture with example inputs, as in training; the model, its flags and the generators stay as they are."""
     if tensor_parallel(model, (args, kwargs)):
         return
-    flags = {module: module.training for module in model.modules()}
-    state: State = model.__dict__["_dropfx"]
-    model.train()
+    trial = training_copy(model)
+    swap(trial, state)
     try:
-        plain = not kwargs and all(type(a) is Tensor for a in args)
-        leaves, spec = (list(args), len(args)) if plain else pytree.tree_flatten(opened((args, kwargs)))
-        key = key_of(leaves)
-        if key is None:
-            raise InvalidInput("example_inputs: accepted are tensors, plain Python values and containers of these")
-        error = _fails_as_written(model, args, kwargs)
-        if error is not None:
-            raise InvalidInput(f"example_inputs: {type(model).__name__}.forward fails on them: {error}") from error
-        with contextlib.suppress(TraceRefused):  # its parts are traced in the first training call
-            state.specialise(model, args, kwargs, (spec, *key))
-    except DropfxError:
-        unswap(model)
-        raise
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
-def _fails_as_written(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    """The error that the original forward raises on these inputs, tried without a trace left on model or generator."""
-    try:
-        trial = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    except Exception as error:
-        raise InvalidModel(f"model: it cannot be copied to try the example inputs: {error}") from error
-    unswap(trial)
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.inference_mode(False), torch.enable_grad(), generators_kept():
             trial(*args, **kwargs)
+    except DropfxError:
+        raise
     except Exception as error:
-        return error
-    return None
+        raise InvalidInput(f"example_inputs: {type(model).__name__}.forward fails on them: {error}") from error
+    state.serve(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +15,11 @@ import torch
 import torch._dynamo.config
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import active_fake_mode
 
-from dropfx.captured import Naming, Part, results_of, rewrite
-from dropfx.errors import InvalidOption, PassError
-from dropfx.graphs import copy_of
+from dropfx.errors import InvalidOption
+from dropfx.frontend.captured_graph import CapturedGraph
 from dropfx.options import NAMES, make_options
 from dropfx.pass_infra import Options
-from dropfx.passes import AS_WRITTEN
-from dropfx.runtime import OTHER_RANDOM, runtime
 
 if os.environ.get("DROPFX_ALLOW_RNN") != "0":
     # by default Dynamo leaves nn.LSTM out of its graphs, and says nothing; loading the entry point is early enough
@@ -55,52 +50,7 @@ def backend(
     """
     checked, inner, inner_options = _checked({} if options is None else options)
     compile_inner = _inner(inner, inner_options, mode)
-    naming = Naming(module)
-    if not (naming.sites or naming.recurrent or naming.bernoulli or _drops_otherwise(module)):
-        return compile_inner(module, example_inputs)
-    results = len(results_of(module.graph))
-    as_written = fx.GraphModule(module, copy_of(module.graph))
-    try:
-        if naming.bernoulli:  # masks made by hand, which `disabled` turns off only once they are known for that
-            as_written, _ = rewrite(module, checked, naming, AS_WRITTEN)
-        rewritten, parts = rewrite(module, checked, naming)
-    except PassError as error:
-        warnings.warn(f"dropfx: {error}; the graph is compiled as written", RuntimeWarning, stacklevel=2)
-        rewritten, parts = module, []
-    draws = [example for part in parts for example in part.examples]
-    # no further compiler takes a recurrent function as written
-    compiled = compile_inner(rewritten if parts or naming.recurrent else module, [*example_inputs, *draws])
-
-    def run(*args: Any) -> Sequence[Any]:
-        """One call of the graph: draws, then what the inner compiler made; as written where dropfx is disabled."""
-        if runtime.disabled:
-            with runtime.keeping_all():
-                return tuple(as_written(*args))
-        if not parts:
-            return compiled(*args)
-        if active_fake_mode() is not None:
-            # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
-            return compiled(*args, *draws)[:results]
-        with runtime.outermost():
-            drawn = [part.draws.draw() for part in parts]
-            places = zip(drawn, parts, strict=True)
-            outputs = compiled(*args, *(getattr(d[index], field) for d, part in places for index, field in part.inputs))
-            if runtime.frame is not None:
-                _record(parts, drawn, [row.size(0) for row in outputs[results:]])
-        return outputs[:results]
-
-    return run
-
-
-def _record(parts: list[Part], drawn: list[dict[int, Any]], rows: list[int]) -> None:
-    for part, draws in zip(parts, drawn, strict=True):
-        part.draws.record(draws, rows[: part.rows])
-        rows = rows[part.rows :]
-
-
-def _drops_otherwise(module: fx.GraphModule) -> bool:
-    """Whether the graph has random functions that are no sites, but that `dropfx.disabled` turns off."""
-    return any(node.target in OTHER_RANDOM for node in module.graph.nodes if node.op == "call_function")
+    return CapturedGraph(module, example_inputs, checked, None if inner == "eager" else compile_inner)
 
 
 # -- options --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""A module's forward, captured by Dynamo graph by graph; its guards decide when a graph holds.
+
+What Dynamo breaks on, or cannot follow at all, runs as written, and is tried again later: rarely, for a failed attempt
+takes long. Limits are our own, not those of the user's `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch._dynamo import config, eval_frame, optimize
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.types import ConvertFrameReturn
+
+from dropfx.frontend.captured_graph import CapturedGraph
+from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.whole_calls import whole_calls
+from dropfx.pass_infra import Options
+
+RECOMPILE_LIMIT = 32
+"""Graphs that are captured of one function of a model; what then fits none of them runs as written."""
+
+_CONFIG = {
+    "allow_rnn": True,  # else nn.LSTM is no part of a graph
+    "skip_nnmodule_hook_guards": False,  # hooks that are added or removed later are heard
+    "optimize_ddp": False,  # backward is autograd's own, and overlaps as it does uncompiled
+    "assume_static_by_default": True,
+    "automatic_dynamic_shapes": True,
+    "specialize_float": False,
+    "suppress_errors": False,
+    "fail_on_recompile_limit_hit": False,
+    "recompile_limit": 2**20,  # ours is counted here
+    "accumulated_recompile_limit": 2**20,
+}
+"""Of Dynamo, while it captures for us."""
+
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(eval_frame._optimize).parameters else {}
+)
+
+
+HandOn = Callable[[nn.Module, str, bool], None]
+
+
+class Capture:
+    """The graphs of one model.
+
+    Args:
+        module: its root; held weakly.
+        prefix: path of the root in the model, "" or ending in a dot.
+        hand_on: called with a part, its path and True where the part's forward could not be captured, and with False
+            before that is tried again.
+
+    Attributes:
+        graphs: captured so far, in their order.
+        left: path of a module whose forward, or a part of it, runs as written -> why.
+    """
+
+    def __init__(self, module: nn.Module, options: Options, prefix: str, hand_on: HandOn) -> None:
+        self.graphs: list[CapturedGraph] = []
+        self.left: dict[str, str] = {}
+        self.limited, self.hand_on = "", hand_on
+        self._root, self._options, self._prefix = weakref.ref(module), options, prefix
+        self._paths: dict[int, str] = {}
+        self._run = self._optimized()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """forward(*args, **kwargs) of the module's original class."""
+        with whole_calls:
+            return self._run(module, args, kwargs)
+
+    def serve(self, module: nn.Module) -> None:
+        """Take `module` for the root: one built like the present one."""
+        self._root, self._paths = weakref.ref(module), {}
+
+    def _optimized(self) -> Callable[..., Any]:
+        def forward(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            """What Dynamo captures: whatever the class' forward is by then."""
+            return self._dropfx_original.forward(self, *args, **kwargs)
+
+        # Dynamo keeps what it captured with the code: each model has one of its own
+        forward.__code__ = forward.__code__.replace(co_name=type(self._root()).__name__)
+        this = weakref.ref(self)  # Dynamo keeps backends for good
+
+        def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            """What Dynamo calls with each graph."""
+            capture = this()
+            assert capture is not None
+            return capture._captured(module, example_inputs)
+
+        context = optimize(backend, **_ISOLATED)
+        context.callback = _Frames(context.callback, this)
+        made: Callable[..., Any] = context(forward)
+        return made
+
+    def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        root, frame = self._root(), InstructionTranslator.current_tx().output.root_tx
+        path = self.path_of(_self_of(frame.f_code, frame.f_locals)) or ""
+        reason = getattr(module, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            self.left.setdefault(path, one_line(reason.reason))
+        if root is not None and tensor_parallel(root):
+            self.left[""] = TENSOR_PARALLEL
+            return module.forward
+        made = CapturedGraph(module, example_inputs, self._options, None, self._paths, path)
+        if made.failed:
+            self.left[path] = made.failed
+        self.graphs.append(made)
+        return made
+
+    def path_of(self, module: Any) -> str | None:
+        """Path in the model, None for what is no part of it."""
+        root = self._root()
+        if id(module) not in self._paths and root is not None:
+            self._paths = {id(m): f"{self._prefix}{name}" for name, m in root.named_modules()}
+            self._paths[id(root)] = self._prefix.rstrip(".")
+        return self._paths.get(id(module))
+
+
+class _Frames:
+    """What Dynamo asks for each function that runs within a capture and fits no graph yet."""
+
+    def __init__(self, convert: Any, capture: weakref.ref[Capture]) -> None:
+        self._torchdynamo_orig_backend = convert  # by this name Dynamo tells backends apart
+        self._capture = capture
+        self._captured: Counter[types.CodeType] = Counter()
+        self._asked: Counter[types.CodeType] = Counter()
+        self._failures: Counter[types.CodeType] = Counter()
+
+    def __call__(self, frame: Any, entry: Any, state: Any) -> ConvertFrameReturn:
+        code, capture = frame.f_code, self._capture()
+        as_written = ConvertFrameReturn(apply_to_code=False)
+        if capture is None or self._captured[code] >= RECOMPILE_LIMIT:
+            if capture is not None:
+                self._warn(capture, frame, entry)
+            return as_written
+        if self._failures[code]:
+            self._asked[code] += 1
+            if self._asked[code] < 4 ** self._failures[code]:
+                return as_written
+            self._hand_on(capture, frame, False)
+        try:
+            with config.patch(**_CONFIG):
+                made = self._torchdynamo_orig_backend(frame, entry, state)
+        except Exception as error:  # one of the model's own is raised again as it runs as written
+            self._note(capture, frame, one_line(str(error)))
+            return as_written
+        if made.guarded_code is not None:
+            self._captured[code] += 1
+            self._failures[code] = self._asked[code] = 0
+        elif (made.skip_reason or "").startswith(_FAILED):
+            self._note(capture, frame, "")
+            return as_written
+        return made
+
+    def _note(self, capture: Capture, frame: Any, reason: str) -> None:
+        self._failures[frame.f_code] += 1
+        self._asked[frame.f_code] = 0
+        path = capture.path_of(_self_of(frame.f_code, frame.f_locals))
+        capture.left.setdefault(path or "", reason or "PyTorch's compiler cannot capture it")
+        self._hand_on(capture, frame, True)
+
+    def _hand_on(self, capture: Capture, frame: Any, failed: bool) -> None:
+        module = _self_of(frame.f_code, frame.f_locals)
+        path = capture.path_of(module)
+        if path is not None:
+            capture.hand_on(module, path, failed)
+
+    def _warn(self, capture: Capture, frame: Any, entry: Any) -> None:
+        if capture.limited:
+            return
+        path = capture.path_of(_self_of(frame.f_code, frame.f_locals))
+        capture.limited = f"captured {RECOMPILE_LIMIT} times, and what it reads still changes"
+        capture.left[path or ""] = capture.limited
+        name = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_code.co_firstlineno})"
+        warnings.warn(
+            f"dropfx.compile: {name} was {capture.limited}{_cause(frame, entry)}. Where no captured graph holds it runs "
+            "as written from now on. Make what changes a tensor, or raise dropfx.frontend.capture.RECOMPILE_LIMIT",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_FAILED = ("an error was suppressed", "compilation failed")
+
+
+def _cause(frame: Any, entry: Any) -> str:
+    """Which guard did not hold."""
+    try:
+        from torch._dynamo.guards import get_and_maybe_log_recompilation_reasons
+
+        reasons = get_and_maybe_log_recompilation_reasons(entry, frame, skip_logging=True)
+    except Exception:
+        return ""
+    return f" ({reasons[0].strip()})" if reasons else ""
+
+
+def _self_of(code: types.CodeType, values: dict[str, Any]) -> Any:
+    """The module whose method a function is."""
+    names = [*code.co_varnames[:1], "self", *values]  # where it goes on behind a break its first argument is another
+    return next((values[name] for name in names if isinstance(values.get(name), nn.Module)), None)
+
+
+def one_line(text: str) -> str:
+    """The first line of a message of Dynamo's, with its explanation."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    explained = next((line.partition(":")[2].strip() for line in lines if line.startswith("Explanation:")), "")
+    return re.sub(r"\s+", " ", f"{lines[0]}: {explained}" if explained else lines[0]) if lines else ""

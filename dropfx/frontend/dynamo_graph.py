@@ -1,0 +1,135 @@
+"""A graph that Dynamo captured, brought to the form of the passes: functional calls with fake values in their meta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from dropfx.graphs import substitute
+from dropfx.frontend.dtensor import is_distributed
+from dropfx.frontend.naming import Naming
+from dropfx.frontend.rates import rate_of
+from dropfx.sites import DROPOUT_FUNCTIONS
+
+
+def as_it_is(graph: fx.Graph) -> bool:
+    """Whether nothing of a graph can be rewritten.
+
+    A transform of torch.func is inside, whose tensors stand for others, which the gathered ops do not know; or a value
+    is a DTensor: the ranks of such a model work on one result, and must drop alike.
+    """
+    modules = [getattr(n.target, "__module__", None) or "" for n in graph.nodes if n.op == "call_function"]
+    if any(name.startswith(("torch._functorch", "torch._C._functorch")) for name in modules):
+        return True
+    values = (leaf for n in graph.nodes for leaf in pytree.tree_leaves(n.meta.get("example_value")))
+    return any(map(is_distributed, values))
+
+
+def results_of(graph: fx.Graph) -> Sequence[Any]:
+    """What a graph returns."""
+    results: Any = graph.output_node().args[0]
+    return tuple(results)
+
+
+Live = Mapping[fx.Node, dict[str, Any]]
+
+
+def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_step: bool) -> None:
+    """Give the copied nodes what passes read in their meta.
+
+    Args:
+        live: number and present value of the rate of each dropout; without them it is the constant in the graph.
+        by_step: there will be a draw a step.
+    """
+    memory = _Memory()
+    effects = 0
+    for source, node in zip(captured.nodes, graph.nodes, strict=True):
+        value = source.meta.get("example_value")
+        leaves = tuple(value) if isinstance(value, torch.Size) else value  # a leaf to pytree
+        node.meta["val"] = pytree.tree_map(memory.concrete, leaves)
+        if value is None and node.op in ("call_function", "call_method"):
+            node.meta["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
+            effects += 1
+        node.meta["after_effects"] = effects
+        rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
+        if source in naming.recurrent:
+            node.meta["recurrent"] = {"call": naming.recurrent[source], **rate}
+        if source in naming.bernoulli:
+            node.meta["bernoulli"] = naming.bernoulli[source]
+        if source in naming.others:
+            node.meta["other"] = naming.others[source]
+        if source in naming.sites:
+            if isinstance(value, Tensor):
+                _fix_sizes(value, DROPOUT_FUNCTIONS[source.target], by_step)
+            node.meta["site"] = {"call": naming.sites[source], **rate}
+    _spell_out_sizes(captured, graph)
+
+
+def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
+    """What a draw is made for: Dynamo guards on each size that is read as a number."""
+    if -axis <= dropped.dim():
+        int(dropped.shape[axis])
+    if by_step and dropped.dim() == 3:
+        int(dropped.shape[0]), int(dropped.shape[1])
+
+
+def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
+    """view(x, size(y)) -> view(x, (size(y, 0), size(y, 1), 96)): passes take sizes one by one."""
+    for source, node in zip(captured.nodes, list(graph.nodes), strict=True):
+        value: Any = source.meta.get("example_value")
+        if not isinstance(value, torch.Size):
+            continue
+        with graph.inserting_after(node):
+            if node.op == "call_method":
+                fixed: tuple[Any, ...] = tuple(value)
+                sizes = [_size(graph, node, dim) if isinstance(s, torch.SymInt) else s for dim, s in enumerate(fixed)]
+            else:  # torch.Size of a list
+                sizes = list(node.args[0])
+        substitute(graph, node, tuple(sizes))
+
+
+def _size(graph: fx.Graph, whole: fx.Node, dim: int) -> fx.Node:
+    made = graph.call_method("size", (whole.args[0], dim))
+    made.meta = {**whole.meta, "val": whole.meta["val"][dim]}
+    return made
+
+
+class _Memory:
+    """Fake tensors of the sizes that Dynamo traced with; those that share memory there do so here."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._storages: dict[int, Tensor] = {}
+
+    def concrete(self, value: Any) -> Any:
+        """The value as it was traced, None where its size is known only when it runs."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value.node.hint
+        if not isinstance(value, Tensor):
+            return value
+        if value.layout != torch.strided:
+            return None
+        sizes, strides = ([self.concrete(s) for s in numbers] for numbers in (value.shape, value.stride()))
+        if None in sizes or None in strides:
+            return None
+        with self._mode:
+            made = self._place(value, sizes, strides)
+        return made.requires_grad_(value.requires_grad)
+
+    def _place(self, value: Tensor, sizes: list[int], strides: list[int]) -> Tensor:
+        if type(value) is not FakeTensor:  # a wrapper, whose memory is that of what it wraps
+            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        storage = value.untyped_storage()
+        offset, length = self.concrete(value.storage_offset()), self.concrete(storage.nbytes())
+        key = int(StorageWeakRef(storage).cdata)
+        if key not in self._storages:
+            self._storages[key] = torch.empty(length, dtype=torch.uint8, device=value.device)
+        whole = self._storages[key]
+        units = whole[: length - length % value.itemsize].view(value.dtype)
+        return units.as_strided(sizes, strides, offset)

@@ -1,0 +1,59 @@
+"""Dropouts and recurrent functions, which Dynamo captures as one call whatever their rate is.
+
+Their arguments are matched in C++, where a rate that changes becomes a constant, and a schedule a graph a value. A
+function that Dynamo does not look into takes the rate as it is: a number, and from its first change on an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import allow_in_graph
+from torch._dynamo.eval_frame import skip_code
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dropfx.sites import RECURRENT_FUNCTIONS
+
+
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        """The function, of which only the kind of its result is asked: that no rate changes."""
+        fixed = {name: _fixed(value) for name, value in kwargs.items()}
+        return function(*map(_fixed, args), **fixed)
+
+    made: Callable[..., Any] = allow_in_graph(whole)
+    return made
+
+
+def _fixed(value: Any) -> Any:
+    return 0.5 if isinstance(value, torch.SymFloat) else value
+
+
+WHOLE = {
+    function: _whole(function) for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, *RECURRENT_FUNCTIONS)
+}
+"""Function -> the one that stands for it in Dynamo's graph."""
+FUNCTIONS = {whole: function for function, whole in WHOLE.items()}
+
+
+class _WholeCalls(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_dynamo_compiling() and func in WHOLE:
+            return WHOLE[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+skip_code(_WholeCalls.__torch_function__.__code__)  # Dynamo follows it in what it captures, and nowhere else
+whole_calls = _WholeCalls()
+"""Within it Dynamo captures the functions of WHOLE by one call."""
+
+
+def unfold(graph: fx.Graph) -> None:
+    """Call the functions by their own names again."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in FUNCTIONS:
+            node.target = FUNCTIONS[node.target]
