@@ -42,6 +42,11 @@ def parts_of(node: Any) -> list[Tensor] | None:
     return list(value)
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether the node stands for a parameter, as Dynamo or another tracer writes it."""
+    return node.op == "get_attr" or "parameter" in node.meta
+
+
 def matrix_of(weight: fx.Node) -> Any:
     """What tells that two products read the same weight: each spells the transpose of a matrix as a node of its own."""
     return (weight.target, weight.args[0]) if op_name(weight) == "t" and len(weight.args) == 1 else weight
@@ -114,14 +119,19 @@ def insert(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], l
     return node
 
 
-def substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
-    """Let all readers of `node` read `value`, a node or a constant, and erase it."""
+def put_in_place(user: fx.Node, node: fx.Node, value: Any) -> None:
+    """Let `user` read `value`, a node or a constant, in the place of `node`."""
 
     def put(operand: fx.Node) -> Any:
         """The operand, or the value in the place of the node."""
         return value if operand is node else operand
 
+    user.args = fx.node.map_arg(user.args, put)
+    user.kwargs = fx.node.map_arg(user.kwargs, put)
+
+
+def substitute(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Let all readers of `node` read `value`, and erase it."""
     for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, put)
-        user.kwargs = fx.node.map_arg(user.kwargs, put)
+        put_in_place(user, node, value)
     graph.erase_node(node)

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from dropfx import ops
 from dropfx.axis_rules import Axis, Operands, rule_of
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, is_parameter, op_name, value_of
 from dropfx.pass_infra import Site
 
 GEMMS = ("linear", "embedding")
@@ -259,7 +259,9 @@ def ends(region: Region) -> str:
 def _named(region: Region, node: fx.Node) -> str:
     if "site" in node.meta:
         return "another dropout"
-    plain = {"placeholder": "an input", "get_attr": "a parameter", "output": "the output"}
+    plain = {"placeholder": "an input", "output": "the output"}
+    if is_parameter(node):
+        return "a parameter"
     if node.op in plain:
         return plain[node.op]
     if node.op == "call_module":

@@ -25,12 +25,6 @@ def origin(node: fx.Node, dim: int) -> Source | int:
     return found
 
 
-def is_fixed(node: fx.Node, dim: int) -> bool:
-    """Whether the size is a parameter's or the program's: the same in every call."""
-    found = origin(node, dim)
-    return isinstance(found, int) or found[0].op == "get_attr"
-
-
 def _earlier(node: fx.Node, dim: int) -> Source | int | None:
     name, value, first = op_name(node), value_of(node), node.args[0] if node.args else None
     if value is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.graphs import argument, mark_gradients, op_name, value_of
+from dropfx.graphs import argument, is_parameter, mark_gradients, op_name, value_of
 from dropfx.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.regions import recurrent_weight
@@ -63,7 +63,7 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         if drops_recurrent_weight(node):
             return "it drops the weight of a recurrence, of which patterns of units skip columns, and tiles nothing"
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
-    if isinstance(source, fx.Node) and source.op == "get_attr" and not drops_recurrent_weight(node):
+    if isinstance(source, fx.Node) and is_parameter(source) and not drops_recurrent_weight(node):
         return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
     if drops_recurrent_weight(node) and value.dim() == 2:
         return ""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dropfx
+from dropfx.runtime import numbers_of_their_own
 from tests import comparison, oracle
 
 
@@ -46,7 +47,6 @@ class Case:
     state: Callable[[nn.Module], Any]  # what a forward leaves in plain attributes
     input_grad: bool
     batches: tuple[int, ...]  # batch sizes of the steps
-    parts: tuple[str, ...]  # compiled on their own where the root can't be: each call of one takes its own number
 
     def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -85,7 +85,6 @@ def case(
     state: Callable[[nn.Module], Any] = lambda model: None,
     input_grad: bool = True,
     batches: tuple[int, ...] = (4, 4, 3),
-    parts: tuple[str, ...] = (),
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the decorated factory (a function or a class without arguments) into the catalogue."""
 
@@ -103,7 +102,6 @@ def case(
             state,
             input_grad,
             batches,
-            parts,
         )
         return build
 
@@ -144,7 +142,7 @@ def compiled_run(
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
-        with recording() as recorded:
+        with recording() as recorded, numbers_of_their_own():  # what else is random repeats in the original
             yield
         masks.update(recorded)
 
@@ -162,7 +160,6 @@ def check_step(
     seed: int = 0,
     left_alone: tuple[str, ...] = (),
     input_grad: bool = True,
-    numbers_at: tuple[str, ...] | None = None,
     exact_zeros: bool = True,
 ) -> oracle.Masks:
     """Promise 2 for one step of both models; the masks of the step."""
@@ -173,7 +170,7 @@ def check_step(
         args,
         kwargs,
         seed=seed,
-        numbers_at=numbers_at,
+        numbers_at=(),
         left_alone=left_alone.__contains__,
         input_grad=input_grad,
     )
@@ -200,7 +197,6 @@ def check_case(case: Case, dtype: torch.dtype, batches: tuple[int, ...] | None =
             seed=100 + step,
             left_alone=case.left + case.optional,
             input_grad=case.input_grad,
-            numbers_at=case.parts or None,
         )
         assert set(case.rewritten) <= set(masks), f"not rewritten: {set(case.rewritten) - set(masks)}"
         assert set(masks) <= set(case.rewritten + case.optional), f"recorded: {sorted(masks)}"

@@ -305,7 +305,7 @@ for _body in OTHERS:
     case(f"no_mask_{_body.__name__}", vectors(64, 5))(lambda b=_body: spelled(b))
 
 
-@case("no_mask_kept", vectors(64, 5), rewritten=("out",), state=lambda m: m.drop.mask.shape, parts=("",))
+@case("no_mask_kept", vectors(64, 5), rewritten=("out",), state=lambda m: m.drop.mask.shape)
 class Keeps(Between):
     """A mask that outlives the call, as an attribute."""
 

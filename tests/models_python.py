@@ -116,7 +116,7 @@ class RandomBranch(nn.Module):
         return x
 
 
-@case("rand_branch", optional=LAYER_SITES, parts=LAYERS)
+@case("rand_branch", optional=LAYER_SITES)
 class RandBranch(RandomBranch):
     """LayerDrop with PyTorch's generator."""
 

@@ -123,7 +123,7 @@ class Twice(nn.Module):
         return h, self.rnn(h.flip(0), state)[0]
 
 
-@case("lstm_cannot_be_traced", steps(), rewritten=("rnn.dropout[0]",), parts=("rnn",))
+@case("lstm_cannot_be_traced", steps(), rewritten=("rnn.dropout[0]",))
 class Branches(nn.Module):
     """Branches on data: the recurrent module is compiled on its own."""
 
@@ -138,7 +138,7 @@ class Branches(nn.Module):
 case("lstm_alone", steps(), rewritten=("dropout[0]",))(LSTM)
 
 
-@case("lstm_with_hooks", steps(), rewritten=ALL[1:], optional=ALL[:1], parts=("", "rnn"))
+@case("lstm_with_hooks", steps(), rewritten=ALL[1:], optional=ALL[:1])
 def with_hooks() -> nn.Module:
     model = Around(LSTM())
     model.rnn.register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropfx
+from dropfx.runtime import shared
 from tests import oracle
 from tests.case import check_step, mlp, pair, recording
 from tests.models import CASES
@@ -180,24 +181,24 @@ def test_example_inputs_trace_at_once_and_leave_no_trace() -> None:
     case = CASES["batch_norm_before"]
     original, model = case.make(), case.make().eval()
     args, _ = case.call(4)
-    before = dropfx.compiler.trace_count()
+    before = shared.rewritten
     dropfx.compile(model, example_inputs=args, min_speedup=0)
-    traced = dropfx.compiler.trace_count()
+    traced = shared.rewritten
     assert traced > before
     assert not any(module.training for module in model.modules())
     assert args[0].grad is None
     check_step(original, model.train(), args, input_grad=False)
     assert model[1].num_batches_tracked == 1
-    assert dropfx.compiler.trace_count() == traced
+    assert shared.rewritten == traced
 
 
 def test_example_kwargs_trace_at_once() -> None:
     model = dropfx.compile(
         Optional(), example_inputs=(torch.zeros(2, 64),), example_kwargs={"mode": "times"}, min_speedup=0
     )
-    traced = dropfx.compiler.trace_count()
+    traced = shared.rewritten
     model(torch.zeros(2, 64), mode="times")
-    assert dropfx.compiler.trace_count() == traced
+    assert shared.rewritten == traced
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (1, 64), (0, 64), (2, 0, 64), (2, 3, 4, 64), (2, 63)])

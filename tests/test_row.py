@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dropfx
+from dropfx.runtime import shared
 from dropfx.patterns import Row
 from tests.case import check_case, mlp, recording
 from tests.models import CASES
@@ -33,12 +34,12 @@ def test_batches_and_scales(name: str) -> None:
 def test_period_varies_without_another_trace() -> None:
     model = dropfx.compile(mlp(64, 128, 128, 8), pattern="row", min_speedup=0)
     model(torch.randn(4, 64))
-    before, counts = dropfx.compiler.trace_count(), set()
+    before, counts = shared.rewritten, set()
     for batch in range(2, 42):
         with recording() as masks:
             model(torch.randn(batch, 64)).sum().backward()
         counts.add(int((masks["2"] != 0).sum()))
-    assert dropfx.compiler.trace_count() == before
+    assert shared.rewritten == before
     assert counts == {128, 64, 43, 42}  # periods 1, 2 and 3, the last by two biases
 
 
@@ -57,13 +58,13 @@ def test_kept_units_are_a_lattice_of_the_scale(scale: str) -> None:
 def test_rate_schedule_searches_anew_without_another_trace() -> None:
     model = dropfx.compile(mlp(64, 128, 8), pattern="row", min_speedup=0)
     model(torch.randn(4, 64))
-    before = dropfx.compiler.trace_count()
+    before = shared.rewritten
     for p in (0.1, 0.3, 0.7, 0.9):
         model[2].p = p
         with recording() as masks:
             model(torch.randn(4, 64))
         torch.testing.assert_close(float(masks["2"].max()), 1 / (1 - p), rtol=1e-6, atol=0)
-    assert dropfx.compiler.trace_count() == before
+    assert shared.rewritten == before
 
 
 def test_few_units_are_refused_with_a_reason() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dropfx.tracing import trace
+from tests.capture import trace
 
 
 class Net(nn.Module):
@@ -42,5 +42,5 @@ VARYING = {
 @pytest.mark.parametrize("name", [*FIXED, *VARYING])
 def test_exact_sizes_where_the_number_of_parts_varies(name: str) -> None:
     model = Net({**FIXED, **VARYING}[name])
-    found = trace(model, (torch.randn(3, 5, 64),), {}, type)
+    found = trace(model, (torch.randn(3, 5, 64),), {})
     assert found.exact_shapes == (name in VARYING)

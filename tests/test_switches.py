@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dropfx
+from dropfx.runtime import shared
 from tests import comparison
 from tests.case import check_step, compiled_run, mlp, pair
 from tests.models import CASES
@@ -138,29 +139,29 @@ def test_leaving_an_end_of_the_range(start: float) -> None:
 
 
 def test_rate_schedule_does_not_retrace(models: tuple[nn.Module, nn.Module]) -> None:
-    traces = dropfx.compiler.trace_count()
+    traces = shared.rewritten
     for step in range(20):
         p = 0.1 + 0.04 * step
         for model in models:
             model[2].p = p
         assert abs(dropped_share(check(models, step)["2"]) - p) <= 0.02
-    assert dropfx.compiler.trace_count() == traces
+    assert shared.rewritten == traces
 
 
 def test_steps_and_batch_sizes_do_not_retrace(models: tuple[nn.Module, nn.Module]) -> None:
-    traces = dropfx.compiler.trace_count()
+    traces = shared.rewritten
     for step, batch in enumerate((4, 7, 2, 4, 32, 7)):
         check_step(*models, (example(batch),), dtype=torch.float64, seed=step)
-    assert dropfx.compiler.trace_count() == traces
+    assert shared.rewritten == traces
 
 
 def test_tiny_batches_retrace_at_most_once(models: tuple[nn.Module, nn.Module]) -> None:
     for batch in (0, 1):
         check_step(*models, (example(batch),), dtype=torch.float64)
-    traces = dropfx.compiler.trace_count()
+    traces = shared.rewritten
     for batch in (1, 4, 0, 4, 1, 0):
         check_step(*models, (example(batch),), dtype=torch.float64)
-    assert dropfx.compiler.trace_count() == traces
+    assert shared.rewritten == traces
 
 
 def test_alternating_calls_do_not_retrace() -> None:
@@ -178,7 +179,7 @@ def test_alternating_calls_do_not_retrace() -> None:
         compiled.train()
 
     both()
-    traces = dropfx.compiler.trace_count()
+    traces = shared.rewritten
     both()
     both()
-    assert dropfx.compiler.trace_count() == traces
+    assert shared.rewritten == traces

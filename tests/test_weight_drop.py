@@ -16,7 +16,7 @@ from dropfx.devices import DEVICES
 from dropfx.options import make_options
 from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.tracing import trace
+from tests.capture import trace
 from tests import oracle
 from tests.case import Case, Draw, check_step, compiled_run
 from tests.models import CASES
@@ -198,7 +198,7 @@ def test_another_reader_of_the_weight() -> None:
 def test_gathered_weights_stay_out_of_the_function_in_one_piece() -> None:
     case = CASES["weight_drop"]
     model, context = case.make(), Context(make_options(min_speedup=0), DEVICES["cpu"])
-    graph = run_passes(model, trace(model, case.call(4)[0], {}, type).graph, PIPELINE, context)
+    graph = run_passes(model, trace(model, case.call(4)[0], {}), PIPELINE, context)
     targets = [node.target for node in graph.nodes]
     assert targets.count(ops.EAGER[ops.recurrence_op]) == targets.count(torch.lstm) == 1
     assert F.dropout not in targets

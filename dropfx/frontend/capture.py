@@ -6,7 +6,9 @@ takes long. Limits are our own, not those of the user's `torch.compile`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import re
 import types
 import warnings
@@ -22,6 +24,7 @@ from torch._dynamo.types import ConvertFrameReturn
 
 from dropfx.frontend.captured_graph import CapturedGraph
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.dynamo_graph import results_of
 from dropfx.frontend.whole_calls import whole_calls
 from dropfx.pass_infra import Options
 
@@ -42,9 +45,17 @@ _CONFIG = {
 }
 """Of Dynamo, while it captures for us."""
 
+_IGNORED = {warnings.simplefilter, warnings.filterwarnings}
+"""What would end a graph, and changes nothing that a graph computes."""
+
+_numbers = itertools.count(1)
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(eval_frame._optimize).parameters else {}
 )
+
+
+class CaptureError(Exception):
+    """A graph cannot be used; the next call captures another."""
 
 
 HandOn = Callable[[nn.Module, str, bool], None]
@@ -67,14 +78,14 @@ class Capture:
     def __init__(self, module: nn.Module, options: Options, prefix: str, hand_on: HandOn) -> None:
         self.graphs: list[CapturedGraph] = []
         self.left: dict[str, str] = {}
-        self.limited, self.hand_on = "", hand_on
+        self.limited, self.hand_on, self._whole = "", hand_on, True
         self._root, self._options, self._prefix = weakref.ref(module), options, prefix
         self._paths: dict[int, str] = {}
         self._run = self._optimized()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """forward(*args, **kwargs) of the module's original class."""
-        with whole_calls:
+        with whole_calls if self._whole else contextlib.nullcontext():
             return self._run(module, args, kwargs)
 
     def serve(self, module: nn.Module) -> None:
@@ -86,8 +97,9 @@ class Capture:
             """What Dynamo captures: whatever the class' forward is by then."""
             return self._dropfx_original.forward(self, *args, **kwargs)
 
-        # Dynamo keeps what it captured with the code: each model has one of its own
-        forward.__code__ = forward.__code__.replace(co_name=type(self._root()).__name__)
+        # Dynamo keeps what it captured with the code, and what it saw change by its name: each model has its own
+        name = f"{type(self._root()).__name__}_{next(_numbers)}"
+        forward.__code__ = forward.__code__.replace(co_name=name)
         this = weakref.ref(self)  # Dynamo keeps backends for good
 
         def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -110,6 +122,10 @@ class Capture:
         if root is not None and tensor_parallel(root):
             self.left[""] = TENSOR_PARALLEL
             return module.forward
+        if None in results_of(module.graph):
+            # PyTorch 2.13 loses a number that the forward changes, where a function mode is active
+            self._whole = False
+            raise CaptureError("a number among its results is lost")
         made = CapturedGraph(module, example_inputs, self._options, None, self._paths, path)
         if made.failed:
             self.left[path] = made.failed
@@ -148,7 +164,8 @@ class _Frames:
                 return as_written
             self._hand_on(capture, frame, False)
         try:
-            with config.patch(**_CONFIG):
+            ignored = config.ignore_logging_functions | _IGNORED
+            with config.patch(**_CONFIG, ignore_logging_functions=ignored):
                 made = self._torchdynamo_orig_backend(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
             self._note(capture, frame, one_line(str(error)))

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymFloat, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from dropfx.graphs import substitute
 from dropfx.frontend.dtensor import is_distributed
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.graphs import op_name, put_in_place, substitute
+from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS
 
 
 def as_it_is(graph: fx.Graph) -> bool:
@@ -57,6 +57,8 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
             node.meta["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
             effects += 1
         node.meta["after_effects"] = effects
+        if isinstance(value, nn.Parameter):
+            node.meta["parameter"] = True
         rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
         if source in naming.recurrent:
             node.meta["recurrent"] = {"call": naming.recurrent[source], **rate}
@@ -69,6 +71,7 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
                 _fix_sizes(value, DROPOUT_FUNCTIONS[source.target], by_step)
             node.meta["site"] = {"call": naming.sites[source], **rate}
     _spell_out_sizes(captured, graph)
+    _spell_out_rates(captured, graph)
 
 
 def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
@@ -77,6 +80,23 @@ def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
         int(dropped.shape[axis])
     if by_step and dropped.dim() == 3:
         int(dropped.shape[0]), int(dropped.shape[1])
+
+
+def _spell_out_rates(captured: fx.Graph, graph: fx.Graph) -> None:
+    """bernoulli_(x, 1 - p) -> bernoulli_(x, .5): a mask made by hand is known by its numbers, on which Dynamo guards."""
+    nodes = list(zip(captured.nodes, list(graph.nodes), strict=False))
+    symbols = {source: value for source, _ in nodes if isinstance(value := source.meta.get("example_value"), SymFloat)}
+    for source, _ in nodes:
+        for operand in source.all_input_nodes if op_name(source) in BERNOULLI else []:
+            if operand in symbols:
+                float(symbols[operand])
+    for source, node in nodes:
+        if source in symbols and node.users:
+            symbol = symbols[source].node
+            known = symbol.shape_env.replace(symbol.expr)
+            if known.is_number:
+                for user in list(node.users):
+                    put_in_place(user, node, float(known))
 
 
 def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:

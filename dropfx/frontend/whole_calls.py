@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo import allow_in_graph
 from torch._dynamo.eval_frame import skip_code
+from torch.autograd import Variable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -52,8 +53,13 @@ whole_calls = _WholeCalls()
 """Within it Dynamo captures the functions of WHOLE by one call."""
 
 
+allow_in_graph(Variable)  # AWD-LSTM's LockedDropout wraps its mask by the class of PyTorch before 0.4
+
+
 def unfold(graph: fx.Graph) -> None:
     """Call the functions by their own names again."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in FUNCTIONS:
             node.target = FUNCTIONS[node.target]
+        elif node.target is Variable and not node.kwargs.get("requires_grad") and len(node.args) == 1:
+            node.op, node.target, node.kwargs = "call_method", "detach", {}

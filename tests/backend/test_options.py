@@ -14,7 +14,7 @@ import torch._dynamo
 from torch import nn
 
 import dropfx
-import dropfx.backend
+import dropfx.frontend.dynamo_backend
 from dropfx.patterns import Block
 from tests.backend.steps import captured, check, one_backward
 from tests.case import mlp
@@ -94,7 +94,7 @@ def test_wrong_options_name_themselves(options: dict[str, Any], mode: str | None
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_mode_is_inductors(inner: str) -> None:
     """torch.compile itself refuses a mode beside options; a partial of the backend gets past it."""
-    backend = functools.partial(dropfx.backend.backend, options={"inner": inner})
+    backend = functools.partial(dropfx.frontend.dynamo_backend.backend, options={"inner": inner})
     compiled = torch.compile(mlp(48, 96, 8), backend=backend, mode="reduce-overhead")
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=f"mode: got 'reduce-overhead'.*'{inner}'"):
         compiled(torch.randn(4, 48))

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import dropfx
+from dropfx.runtime import shared
 from dropfx.ops import linear
 from tests import oracle
 from tests.distributed import steps
@@ -57,9 +58,9 @@ def compiled_then_sharded() -> None:
         assert isinstance(model, FSDPModule)
         assert isinstance(model, Net)
         forward_backward(model, batch())
-        traces = dropfx.compiler.trace_count()
+        traces = shared.rewritten
         train(make(), model)
-        assert dropfx.compiler.trace_count() == traces
+        assert shared.rewritten == traces
 
 
 @checks
@@ -263,7 +264,7 @@ def restored_or_compiled_anew_it_stays_sharded() -> None:
         train(make(), model, steps=1)
         dropfx.restore(model)
         assert isinstance(model, FSDPModule)
-        assert not any(issubclass(type(part), dropfx.compiled.Compiled) for part in model.modules())
+        assert not any(issubclass(type(part), dropfx.frontend.compiled_module.Compiled) for part in model.modules())
         assert not any("_dropfx" in part.__dict__ for part in model.modules())
         model.set_requires_gradient_sync(True)
         x, copy = mine(batch()[0]), plain_copy(model)

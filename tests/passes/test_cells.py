@@ -17,7 +17,7 @@ from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.join_cells import join_cells
-from dropfx.tracing import trace
+from tests.capture import trace
 from tests.models import CASES
 from tests.models_cells import CELLS
 
@@ -26,7 +26,7 @@ def run(name: str, *passes: Any, **options: Any) -> list[Any]:
     """Targets of the graph."""
     model, (args, kwargs) = CASES[name].make(), CASES[name].call(4)
     context = Context(make_options(**{"min_speedup": 0, **options}), DEVICES["cpu"])
-    graph: fx.Graph = run_passes(model, trace(model, args, kwargs, type).graph, passes, context)
+    graph: fx.Graph = run_passes(model, trace(model, args, kwargs), passes, context)
     return [node.target for node in graph.nodes]
 
 

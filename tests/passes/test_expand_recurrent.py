@@ -18,7 +18,7 @@ from dropfx.options import make_options
 from dropfx.pass_infra import Context
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.sites import RECURRENT_FUNCTIONS
-from dropfx.tracing import trace
+from tests.capture import trace
 
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 FUNCTIONS = {kind: function for function, kind in RECURRENT_FUNCTIONS.items()}
@@ -187,7 +187,7 @@ def test_operand_without_a_value_stays_whole() -> None:
 
 def traced(module: nn.Module, x: torch.Tensor | None = None) -> tuple[list[Any], dict[str, str]]:
     """Targets of the calls in a trace, and the modules that stay calls."""
-    made = trace(module, (torch.randn(5, 3, 8) if x is None else x,), {}, type)
+    made = trace(module, (torch.randn(5, 3, 8) if x is None else x,), {})
     return [node.target for node in made.graph.nodes if node.op.startswith("call")], made.leaves
 
 

@@ -18,7 +18,7 @@ from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.recognise_masks import recognise_masks
 from dropfx.shared_dropout import shared_dropout
-from dropfx.tracing import trace
+from tests.capture import trace
 from tests.models import CASES
 from tests.models_masks import OTHERS, SEVERAL
 
@@ -28,7 +28,7 @@ PASSES = (functionalize, recognise_masks)
 def run(name: str, *passes: Any, **options: Any) -> tuple[fx.Graph, Context]:
     model, (args, kwargs) = CASES[name].make(), CASES[name].call(4)
     context = Context(make_options(**{"min_speedup": 0, **options}), DEVICES["cpu"])
-    return run_passes(model, trace(model, args, kwargs, type).graph, passes, context), context
+    return run_passes(model, trace(model, args, kwargs), passes, context), context
 
 
 def sites(graph: fx.Graph) -> list[fx.Node]:

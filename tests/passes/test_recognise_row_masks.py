@@ -14,7 +14,7 @@ from dropfx.devices import DEVICES
 from dropfx.options import make_options
 from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import functionalize, recognise_row_masks
-from dropfx.tracing import trace
+from tests.capture import trace
 
 Mask = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ class Dropped(nn.Module):
 def run(weight: Mask, passes: tuple[Any, ...] = (functionalize, recognise_row_masks)) -> fx.Graph:
     model = Dropped(weight)
     context = Context(make_options(), DEVICES["cpu"])
-    return run_passes(model, trace(model, (torch.randn(5, 3, 8),), {}, type).graph, passes, context)
+    return run_passes(model, trace(model, (torch.randn(5, 3, 8),), {}), passes, context)
 
 
 def expanded(w: Tensor) -> Tensor:

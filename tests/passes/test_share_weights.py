@@ -18,7 +18,7 @@ from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.plan_regions import Form
 from dropfx.passes.share_weights import share_weights
-from dropfx.tracing import trace
+from tests.capture import trace
 from tests.models import CASES
 from tests.models_cells import ONE_MASK
 
@@ -141,7 +141,7 @@ def test_each_weight_of_a_loop_is_gathered_once(name: str, pattern: str) -> None
     case = CASES[f"one_mask_{name}"]
     model, (args, kwargs) = case.make(), case.call(4)
     prepared = Context(make_options(min_speedup=0, pattern=pattern), DEVICES["cpu"])
-    graph = run_passes(model, trace(model, args, kwargs, type).graph, PIPELINE, prepared)
+    graph = run_passes(model, trace(model, args, kwargs), PIPELINE, prepared)
     take = ops.EAGER[ops.take_op]
     weights = [n.args[0].target for n in graph.nodes if n.target is take and n.args[0].op == "get_attr"]
     assert len(weights) == len(set(weights))
