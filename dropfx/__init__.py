@@ -1,7 +1,6 @@
 """dropfx: the PyTorch graph compiler pass that stops paying for dropped activations."""
 
 from dropfx import patterns, testing
-from dropfx.frontend.compile import compile, restore
 from dropfx.errors import (
     DropfxError,
     InvalidInput,
@@ -12,6 +11,8 @@ from dropfx.errors import (
     NotEquivalent,
 )
 from dropfx.explain import Report, explain
+from dropfx.frontend.compile import compile, restore
+from dropfx.frontend.fx_graph import Tracer, rewrite
 from dropfx.runtime import disabled
 from dropfx.statistics import Statistics, statistics
 
@@ -27,11 +28,13 @@ __all__ = [
     "NotEquivalent",
     "Report",
     "Statistics",
+    "Tracer",
     "compile",
     "disabled",
     "explain",
     "patterns",
     "restore",
+    "rewrite",
     "statistics",
     "testing",
 ]
