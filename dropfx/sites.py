@@ -44,6 +44,7 @@ DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
 
+
 def may_drop(root: nn.Module) -> bool:
     """Whether any module below could drop, as far as types and the names in its code tell."""
     return any(_drops(module) for module in root.modules())

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dropfx.frontend.compiled_module import State, swap
-from dropfx.frontend.compile import check_inputs, check_model
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import options_for
+from dropfx.frontend.compile import check_inputs, check_model
+from dropfx.frontend.compiled_module import State, swap
+from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.packed_sequence import opened
 from dropfx.frontend.trial import copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.layered import layered
-from dropfx.frontend.packed_sequence import opened
 from dropfx.patterns import Tile
 from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
-from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {

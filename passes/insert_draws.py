@@ -13,8 +13,7 @@ from dropfx.regions import rows_source
 
 
 def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
-    """Add the placeholders of every rewritten site, in the order of context.sites, after the graph's own.
-    """
+    """Add the placeholders of every rewritten site, in the order of context.sites, after the graph's own."""
     graph = module.graph
     first_other = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first_other):

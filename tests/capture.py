@@ -6,12 +6,21 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from dropfx.frontend.checkpoints import walk
 from dropfx.frontend.dynamo_graph import prepare
+from dropfx.frontend.fx_graph import functions
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.whole_calls import unfold, whole_calls
 from dropfx.graphs import copy_of
+
+
+def symbolic(model: nn.Module, args: tuple[Any, ...]) -> fx.Graph:
+    """What torch.fx traces of a training call, its result a tuple: sizes stay what they are asked of."""
+    graph = functions(model, args)
+    graph.output_node().args = (tuple(pytree.tree_leaves(graph.output_node().args[0])),)
+    return graph
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Graph:

@@ -11,7 +11,9 @@ from tests.case import case, mlp
 
 
 def count(module: nn.Module, name: str) -> None:
-    module.__dict__.setdefault("hook_calls", Counter())[name] += 1
+    if not hasattr(module, "hook_calls"):
+        module.hook_calls = Counter()
+    module.hook_calls[name] += 1
 
 
 def calls(model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.prices import everything_prices, region_prices
 from dropfx.regions import Region, grow
-from tests.capture import trace
+from tests.capture import symbolic
 
 
 class Net(nn.Module):
@@ -104,7 +104,7 @@ def region_of(body: Callable[[Net, Tensor], Tensor], *, taken: str = "") -> Regi
     """The region of the one site of a forward; the node named `taken` is compact for another site."""
     context = Context(make_options(), TABLES["balanced"])
     net = Net(body)
-    module = fx.GraphModule(net, trace(net, (torch.randn(8, 64),), {}))
+    module = fx.GraphModule(net, symbolic(net, (torch.randn(8, 64),)))
     for step in (functionalize, canonicalize, find_sites):
         module, _ = step(module, context)
     (site,) = context.sites

@@ -63,13 +63,13 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("by", [traced, fx.symbolic_trace], ids=["Tracer", "symbolic_trace"])
-@pytest.mark.parametrize("pattern", ["block", "slice", "row"])
+@pytest.mark.parametrize("options", [{}, {"pattern": "slice"}, {"pattern": "row"}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_exact_given_the_draw(name: str, pattern: str, by: Any) -> None:
+def test_exact_given_the_draw(name: str, options: dict[str, Any], by: Any) -> None:
     build, shape, sites = MODELS[name]
     original = build().double()
     x = torch.randn(*shape, dtype=torch.float64)
-    module = dropfx.rewrite(by(copy.deepcopy(original)), x, options={"min_speedup": 0, "pattern": pattern})
+    module = dropfx.rewrite(by(copy.deepcopy(original)), x, options={"min_speedup": 0, **options})
     for batch in (x, torch.cat([x, x], 1 if name == "lstm" else 0)):
         with recording() as masks:
             actual = oracle.run(module, (batch,))

@@ -16,8 +16,8 @@ from dropfx.devices import DEVICES
 from dropfx.options import make_options
 from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
-from tests.capture import trace
 from tests import oracle
+from tests.capture import trace
 from tests.case import Case, Draw, check_step, compiled_run
 from tests.models import CASES
 from tests.models_recurrent import Around, WeightDrop, WeightDropOutside

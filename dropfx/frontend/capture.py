@@ -1,7 +1,7 @@
 """A module's forward, captured by Dynamo graph by graph; its guards decide when a graph holds.
 
-What Dynamo breaks on, or cannot follow at all, runs as written, and is tried again later: rarely, for a failed attempt
-takes long. Limits are our own, not those of the user's `torch.compile`.
+What Dynamo breaks on, or cannot follow at all, runs as written, and is tried again later, more and more rarely: an
+attempt takes long. Limits are our own, not those of the user's `torch.compile`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from dropfx.pass_infra import Options
 
 RECOMPILE_LIMIT = 32
 """Graphs that are captured of one function of a model; what then fits none of them runs as written."""
+
+_FIRST_RETRY, _RETRY_FACTOR = 4, 8
+"""Calls until a forward that was not captured as a whole is tried again, and by what the next try is later."""
 
 _CONFIG = {
     "allow_rnn": True,  # else nn.LSTM is no part of a graph
@@ -80,26 +83,44 @@ class Capture:
         self.left: dict[str, str] = {}
         self.limited, self.hand_on, self._whole = "", hand_on, True
         self._root, self._options, self._prefix = weakref.ref(module), options, prefix
+        self._name = f"{type(module).__name__}_{next(_numbers)}"
         self._paths: dict[int, str] = {}
-        self._run = self._optimized()
+        self._calls, self._retry = 0, _FIRST_RETRY
+        self._run, self._frames = self._optimized()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """forward(*args, **kwargs) of the module's original class."""
+        if self.left:
+            self._calls += 1
+            if self._calls > self._retry:
+                self._start_anew()
         with whole_calls if self._whole else contextlib.nullcontext():
-            return self._run(module, args, kwargs)
+            try:
+                return self._run(module, args, kwargs)
+            except BaseException:
+                self._frames.failed.clear()  # it may be these inputs that could not be captured
+                raise
+
+    def _start_anew(self) -> None:
+        """Forget all graphs: what ended one may have gone."""
+        self._calls, self._retry = 0, self._retry * _RETRY_FACTOR
+        for part in self._frames.handed_on:
+            self.hand_on(part, "", False)
+        self.graphs.clear()
+        self.left.clear()
+        self._run, self._frames = self._optimized()
 
     def serve(self, module: nn.Module) -> None:
         """Take `module` for the root: one built like the present one."""
         self._root, self._paths = weakref.ref(module), {}
 
-    def _optimized(self) -> Callable[..., Any]:
+    def _optimized(self) -> tuple[Callable[..., Any], _Frames]:
         def forward(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             """What Dynamo captures: whatever the class' forward is by then."""
             return self._dropfx_original.forward(self, *args, **kwargs)
 
         # Dynamo keeps what it captured with the code, and what it saw change by its name: each model has its own
-        name = f"{type(self._root()).__name__}_{next(_numbers)}"
-        forward.__code__ = forward.__code__.replace(co_name=name)
+        forward.__code__ = forward.__code__.replace(co_name=self._name)
         this = weakref.ref(self)  # Dynamo keeps backends for good
 
         def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -109,9 +130,8 @@ class Capture:
             return capture._captured(module, example_inputs)
 
         context = optimize(backend, **_ISOLATED)
-        context.callback = _Frames(context.callback, this)
-        made: Callable[..., Any] = context(forward)
-        return made
+        context.callback = frames = _Frames(context.callback, this)
+        return context(forward), frames
 
     def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         root, frame = self._root(), InstructionTranslator.current_tx().output.root_tx
@@ -142,54 +162,50 @@ class Capture:
 
 
 class _Frames:
-    """What Dynamo asks for each function that runs within a capture and fits no graph yet."""
+    """What Dynamo asks for each function that runs within a capture and fits no graph yet.
+
+    Attributes:
+        failed: functions that cannot be captured.
+        handed_on: modules whose parts are compiled on their own for that.
+    """
 
     def __init__(self, convert: Any, capture: weakref.ref[Capture]) -> None:
         self._torchdynamo_orig_backend = convert  # by this name Dynamo tells backends apart
         self._capture = capture
         self._captured: Counter[types.CodeType] = Counter()
-        self._asked: Counter[types.CodeType] = Counter()
-        self._failures: Counter[types.CodeType] = Counter()
+        self.failed: set[types.CodeType] = set()
+        self.handed_on: list[nn.Module] = []
 
     def __call__(self, frame: Any, entry: Any, state: Any) -> ConvertFrameReturn:
         code, capture = frame.f_code, self._capture()
         as_written = ConvertFrameReturn(apply_to_code=False)
-        if capture is None or self._captured[code] >= RECOMPILE_LIMIT:
-            if capture is not None:
-                self._warn(capture, frame, entry)
+        if capture is None or code in self.failed:
             return as_written
-        if self._failures[code]:
-            self._asked[code] += 1
-            if self._asked[code] < 4 ** self._failures[code]:
-                return as_written
-            self._hand_on(capture, frame, False)
+        if self._captured[code] >= RECOMPILE_LIMIT:
+            self._warn(capture, frame, entry)
+            return as_written
         try:
             ignored = config.ignore_logging_functions | _IGNORED
-            with config.patch(**_CONFIG, ignore_logging_functions=ignored):
+            with config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The .grad attribute")  # Dynamo's own look at an input
                 made = self._torchdynamo_orig_backend(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
-            self._note(capture, frame, one_line(str(error)))
+            self._fail(capture, frame, one_line(str(error)))
             return as_written
-        if made.guarded_code is not None:
-            self._captured[code] += 1
-            self._failures[code] = self._asked[code] = 0
-        elif (made.skip_reason or "").startswith(_FAILED):
-            self._note(capture, frame, "")
+        self._captured[code] += made.guarded_code is not None
+        if (made.skip_reason or "").startswith(_FAILED):
+            self._fail(capture, frame, "PyTorch's compiler cannot capture it")
             return as_written
         return made
 
-    def _note(self, capture: Capture, frame: Any, reason: str) -> None:
-        self._failures[frame.f_code] += 1
-        self._asked[frame.f_code] = 0
-        path = capture.path_of(_self_of(frame.f_code, frame.f_locals))
-        capture.left.setdefault(path or "", reason or "PyTorch's compiler cannot capture it")
-        self._hand_on(capture, frame, True)
-
-    def _hand_on(self, capture: Capture, frame: Any, failed: bool) -> None:
+    def _fail(self, capture: Capture, frame: Any, reason: str) -> None:
+        self.failed.add(frame.f_code)
         module = _self_of(frame.f_code, frame.f_locals)
         path = capture.path_of(module)
+        capture.left.setdefault(path or "", reason)
         if path is not None:
-            capture.hand_on(module, path, failed)
+            self.handed_on.append(module)
+            capture.hand_on(module, path, True)
 
     def _warn(self, capture: Capture, frame: Any, entry: Any) -> None:
         if capture.limited:

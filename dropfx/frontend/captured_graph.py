@@ -17,7 +17,6 @@ from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
 from dropfx.frontend.rewrite_graph import Asked, Part, rewrite
 from dropfx.frontend.whole_calls import unfold
-from dropfx.graphs import copy_of
 from dropfx.pass_infra import Options, Site
 from dropfx.passes import AS_WRITTEN
 from dropfx.patterns import PatternRefused, Realisation

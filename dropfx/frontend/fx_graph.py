@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 
 from dropfx.devices import costs_of
 from dropfx.errors import InvalidInput, InvalidModel, InvalidOption
@@ -22,8 +23,8 @@ from dropfx.graphs import substitute
 from dropfx.options import make_options
 from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.runtime import runtime, shared
-from dropfx.site_draws import SiteDraws, grouped
+from dropfx.runtime import runtime
+from dropfx.site_draws import SiteDraws
 from dropfx.sites import RECURRENT_MODULES
 
 
@@ -120,21 +121,22 @@ def rewrite(
     flags = {module: module.training for module in graph_module.modules()}
     try:
         graph_module.train()
-        graph = _functions(graph_module, example_inputs)
+        graph = functions(graph_module, example_inputs)
     finally:
         for module, training in flags.items():
             module.training = training
+    results = _flat_results(graph)
     devices = [v.device for n in graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
     context = Context(checked, costs_of(devices[0] if devices else torch.device("cpu")))
     graph = run_passes(graph_module, graph, PIPELINE, context)
     made = fx.GraphModule(graph_module, graph, class_name="Rewritten")
-    _draw_inside(made, context)
+    _draw_inside(made, context, results)
     made.training = graph_module.training
     return _live_mode(made, graph_module)
 
 
-def _functions(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.Graph:
-    """The graph in calls of functions, with fake values; its result is a tuple, as the passes expect."""
+def functions(module: nn.Module, inputs: tuple[Any, ...]) -> fx.Graph:
+    """The graph of a module in calls of functions, with fake values."""
     graph = _Inliner().trace(module)
     for node in list(graph.nodes):
         if node.op == "get_attr" and isinstance(value := operator.attrgetter(node.target)(module), (bool, int)):
@@ -148,6 +150,14 @@ def _functions(module: fx.GraphModule, inputs: tuple[Any, ...]) -> fx.Graph:
     return graph
 
 
+def _flat_results(graph: fx.Graph) -> pytree.TreeSpec:
+    """Let the graph return its results one by one, as the passes expect; how they belong together."""
+    output = graph.output_node()
+    leaves, results = pytree.tree_flatten(output.args[0])
+    output.args = (tuple(leaves),)
+    return results
+
+
 def _name_sites(graph: fx.Graph) -> None:
     naming = Naming(list(graph.nodes))
     kinds = {"site": naming.sites, "recurrent": naming.recurrent}
@@ -159,43 +169,51 @@ def _name_sites(graph: fx.Graph) -> None:
             node.meta[kind] = call
 
 
-def _draw_inside(made: fx.GraphModule, context: Context) -> None:
+def _draw_inside(made: fx.GraphModule, context: Context, results: pytree.TreeSpec) -> None:
     """Let the graph make its draws itself: their inputs become the results of a module that it calls first."""
-    graph, fields = made.graph, context.options.pattern.fields
-    if not context.draws:
-        return
-    draws = Draws(context)
-    made.add_submodule("dropfx_draws", draws)
-    places = [(index, field) for index in context.draws for field in fields]
-    draws.places = places
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
-        drawn = graph.call_module("dropfx_draws")
-        for number, (index, field) in enumerate(places):
-            part = graph.call_function(operator.getitem, (drawn, number))
-            context.draws[index][field].replace_all_uses_with(part)
-            graph.erase_node(context.draws[index][field])
+    graph, output = made.graph, made.graph.output_node()
+    leaves: Any = output.args[0]
+    output.args = (pytree.tree_unflatten(leaves[: results.num_leaves], results),)
+    if context.draws:
+        draws = Draws(context)
+        made.add_submodule("dropfx_draws", draws)
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            drawn = graph.call_module("dropfx_draws")
+            for number, (index, field) in enumerate(draws.places):
+                part = graph.call_function(operator.getitem, (drawn, number))
+                context.draws[index][field].replace_all_uses_with(part)
+                graph.erase_node(context.draws[index][field])
+        with graph.inserting_before(output):
+            graph.call_module("dropfx_draws.record", leaves[results.num_leaves :])
     made.recompile()
 
 
 class Draws(nn.Module):
     """The draws of a rewritten graph; each call makes fresh ones."""
 
-    places: list[tuple[int, str]]
-
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self._draws = SiteDraws(context, [site.realisation for site in context.sites])
-        self._grouped = bool(grouped(context))
+        self.places = [(index, field) for index in context.draws for field in context.options.pattern.fields]
+        self.record = Record(SiteDraws(context, [site.realisation for site in context.sites]))
 
     def forward(self) -> list[Any]:
         """What enters the graph."""
-        drawn = self._draws.draw()
-        if shared.records and not self._grouped:
-            with runtime.outermost():
-                assert runtime.frame is not None
-                self._draws.record(runtime.frame, drawn, [])
+        drawn = self.record.drawn = self.record.draws.draw()
         return [getattr(drawn[index], field) for index, field in self.places]
+
+
+class Record(nn.Module):
+    """Notes the last draws for `dropfx.testing.record`."""
+
+    def __init__(self, draws: SiteDraws) -> None:
+        super().__init__()
+        self.draws, self.drawn = draws, dict[int, Any]()
+
+    def forward(self, *rows: int) -> None:
+        """`rows`: lengths of the leading axes of the sites with groups."""
+        with runtime.outermost():
+            if runtime.frame is not None:
+                self.draws.record(runtime.frame, self.drawn, rows)
 
 
 def _live_mode(made: fx.GraphModule, original: fx.GraphModule) -> fx.GraphModule:

@@ -10,15 +10,14 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 
 from dropfx import ops
 from dropfx.devices import DEVICES
 from dropfx.options import make_options
 from dropfx.pass_infra import Context
 from dropfx.passes.expand_recurrent import expand_recurrent
+from dropfx.runtime import Call
 from dropfx.sites import RECURRENT_FUNCTIONS
-from tests.capture import trace
 
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 FUNCTIONS = {kind: function for function, kind in RECURRENT_FUNCTIONS.items()}
@@ -114,12 +113,12 @@ def test_values_keep_their_fakes() -> None:
 
 
 def test_a_site_in_each_gap() -> None:
-    meta = {"recurrent": {"path": "net.rnn", "calls": 1, "live": ("net.rnn", "dropout")}}
+    meta = {"recurrent": {"call": Call("net.rnn"), "rate": 0.25, "live": 3}}
     module, _, _ = by_hand(layers=3, meta=meta)
     run(module)
     sites = [node.meta["site"] for node in calls(module, F.dropout)]
-    assert [site["name"] for site in sites] == ["net.rnn.dropout[0]", "net.rnn.dropout[1]"]
-    assert all(site["rate"] == 0.5 and site["live"] == ("net.rnn", "dropout") for site in sites)
+    assert [site["call"].name for site in sites] == ["net.rnn.dropout[0]", "net.rnn.dropout[1]"]
+    assert all(site["rate"] == 0.25 and site["live"] == 3 for site in sites)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +126,10 @@ def test_a_site_in_each_gap() -> None:
     [("", 1, "dropout[0]"), ("rnn", 2, "rnn.dropout[0]#2"), ("", 3, "dropout[0]#3")],
 )
 def test_names(path: str, count: int, name: str) -> None:
-    module, _, _ = by_hand(meta={"recurrent": {"path": path, "calls": count, "live": None}})
+    module, _, _ = by_hand(meta={"recurrent": {"call": Call(path, count), "rate": 0.25, "live": None}})
     run(module)
     (site,) = calls(module, F.dropout)
-    assert site.meta["site"]["name"] == name
+    assert site.meta["site"]["call"].name == name
 
 
 @pytest.mark.parametrize("given", [{"dropout": 0.0}, {"layers": 1}], ids=str)
@@ -180,80 +179,3 @@ def test_operand_without_a_value_stays_whole() -> None:
     module, _, _ = by_hand()
     next(iter(module.graph.nodes)).meta["val"] = None
     assert not run(module)
-
-
-# -- what a trace records for it ------------------------------------------------------------------------------------
-
-
-def traced(module: nn.Module, x: torch.Tensor | None = None) -> tuple[list[Any], dict[str, str]]:
-    """Targets of the calls in a trace, and the modules that stay calls."""
-    made = trace(module, (torch.randn(5, 3, 8) if x is None else x,), {})
-    return [node.target for node in made.graph.nodes if node.op.startswith("call")], made.leaves
-
-
-class Holder(nn.Module):
-    def __init__(self, rnn: nn.Module) -> None:
-        super().__init__()
-        self.rnn = rnn
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.rnn(x)[0]
-
-
-class Own(nn.LSTM):
-    def check_input(self, *args: Any) -> None:
-        pass
-
-
-class Named(nn.LSTM):
-    """As nn.LSTM, but for its name."""
-
-
-def hooked() -> nn.Module:
-    rnn = nn.LSTM(8, 8, 2, dropout=0.5)
-    rnn.register_forward_hook(lambda *_: None)
-    return rnn
-
-
-def old_weight_drop() -> nn.Module:
-    """The list of weights replaced by hand, as wrappers did that drop recurrent weights."""
-    rnn = nn.LSTM(8, 8, 2, dropout=0.5)
-    rnn._flat_weights = [weight * 1.0 for weight in rnn._flat_weights]
-    return rnn
-
-
-LEFT = {
-    "eval": (lambda: nn.LSTM(8, 8, 2, dropout=0.5).eval(), ""),
-    "hooks": (hooked, "it has hooks"),
-    "subclass": (lambda: Own(8, 8, 2, dropout=0.5), "it is a subclass of LSTM with a check_input of its own"),
-    "weight_norm": (
-        lambda: parametrizations.weight_norm(nn.LSTM(8, 8, 2, dropout=0.5), "weight_hh_l0"),
-        "its weights are parametrized",
-    ),
-    "weights by hand": (old_weight_drop, ""),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_what_stays_a_call(name: str) -> None:
-    build, reason = LEFT[name]
-    targets, leaves = traced(Holder(build()))
-    assert targets[0] == "rnn"
-    assert leaves == {"rnn": reason}
-
-
-@pytest.mark.parametrize(
-    ("rnn", "function"),
-    [
-        (nn.LSTM(8, 8), torch.lstm),
-        (Named(8, 8), torch.lstm),
-        (nn.GRU(8, 8), torch.gru),
-        (nn.RNN(8, 8), torch.rnn_tanh),
-        (nn.RNN(8, 8, nonlinearity="relu"), torch.rnn_relu),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_what_is_recorded(rnn: nn.Module, function: Any) -> None:
-    targets, leaves = traced(Holder(rnn))
-    assert function in targets
-    assert not leaves

@@ -26,7 +26,7 @@ from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
-from tests.capture import trace
+from tests.capture import symbolic
 
 
 class Body(nn.Module):
@@ -48,7 +48,7 @@ def plain(m: Body, x: Tensor) -> Tensor:
 def run(forward: Callable[[Body, Tensor], Tensor], *passes: Callable, **options: object) -> tuple[fx.Graph, Context]:
     context = Context(make_options(**{"min_speedup": 0, **options}), DEVICES["cpu"])
     model = Body(forward)
-    graph = trace(model, (torch.randn(8, 64),), {})
+    graph = symbolic(model, (torch.randn(8, 64),))
     return run_passes(model, graph, passes, context), context
 
 
@@ -208,7 +208,7 @@ def test_below_min_speedup_nothing_is_rewritten() -> None:
 
 
 def test_pipeline_leaves_a_graph_without_dropout_as_it_is() -> None:
-    before = targets(trace(Body(lambda m, x: m.second(F.relu(m.first(x)))), (torch.randn(8, 64),), {}))
+    before = targets(symbolic(Body(lambda m, x: m.second(F.relu(m.first(x)))), (torch.randn(8, 64),)))
     assert targets(run(lambda m, x: m.second(F.relu(m.first(x))), *PIPELINE)[0]) == before
 
 

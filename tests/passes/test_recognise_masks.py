@@ -17,6 +17,7 @@ from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.recognise_masks import recognise_masks
+from dropfx.runtime import Call
 from dropfx.shared_dropout import shared_dropout
 from tests.capture import trace
 from tests.models import CASES
@@ -53,7 +54,7 @@ def test_fires(name: str, rate: float, shared: tuple[bool, ...]) -> None:
     graph, _ = run(name, *PASSES)
     (site,) = sites(graph)
     assert site.args[1:] == (rate, shared, "probabilities" in name)
-    assert site.meta["site"] == {"name": "drop:bernoulli_1", "rate": rate, "live": None}
+    assert site.meta["site"] == {"call": Call("drop:bernoulli"), "rate": rate, "live": None}
     assert not any("bernoulli" in str(node.target) for node in graph.nodes)
     assert "size" not in [user.target for user in site.args[0].users]  # nothing of the mask is left
     assert len(sites(run(name, *PASSES, recognise_masks)[0])) == 1
@@ -69,7 +70,7 @@ def test_one_mask_of_several_products(body: Any) -> None:
     assert ones.target is torch.ones
     assert {operand.target for operand in ones.all_input_nodes} <= {"size"}
     assert len(site.users) > 1
-    assert site.meta["site"] == {"name": "drop:bernoulli_1", "rate": 0.25, "live": None}
+    assert site.meta["site"] == {"call": Call("drop:bernoulli"), "rate": 0.25, "live": None}
     left = {"bernoulli", "new_empty", "empty_like", "full", "expand", "expand_as", "detach"}
     assert left.isdisjoint(op_name(node) for node in graph.nodes)
     assert len(sites(run(f"mask_{body.__name__}", *PASSES, recognise_masks)[0])) == 1

@@ -19,7 +19,7 @@ from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.plan_regions import Form, plan_regions
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_sites import rewrite_sites
-from tests.capture import trace
+from tests.capture import symbolic
 
 PLANNED = (functionalize, canonicalize, find_sites, plan_regions, insert_draws, rewrite_sites)
 IDS = torch.tensor([[0, 3, 6], [3, 3, 1]])
@@ -40,7 +40,7 @@ class Net(nn.Module):
 def planned(body: Callable[[Net, Tensor], Tensor], *passes: Callable) -> tuple[fx.Graph, Context]:
     context = Context(make_options(min_speedup=0), DEVICES["cpu"])
     net = Net(body)
-    return run_passes(net, trace(net, (IDS,), {}), [*PLANNED, *passes], context), context
+    return run_passes(net, symbolic(net, (IDS,)), [*PLANNED, *passes], context), context
 
 
 def by_hand(*rest: object, plan: bool = True, **kwargs: object) -> tuple[fx.GraphModule, Context]:
@@ -216,7 +216,7 @@ def test_module_options_count_as_well(option: str) -> None:
     net = Net(plain)
     net.words = nn.Embedding(7, 64, **UNSERVED[option])
     context = Context(make_options(min_speedup=0), DEVICES["cpu"])
-    graph = run_passes(net, trace(net, (IDS,), {}), [*PLANNED, rewrite_embedding], context)
+    graph = run_passes(net, symbolic(net, (IDS,)), [*PLANNED, rewrite_embedding], context)
     assert ops.embedding_op not in called(graph)
 
 

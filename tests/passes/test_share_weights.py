@@ -13,6 +13,7 @@ from dropfx import ops
 from dropfx.axis_rules import Axis
 from dropfx.devices import DEVICES
 from dropfx.options import make_options
+from dropfx.graphs import is_parameter
 from dropfx.pass_infra import Context, Site, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks
@@ -143,7 +144,7 @@ def test_each_weight_of_a_loop_is_gathered_once(name: str, pattern: str) -> None
     prepared = Context(make_options(min_speedup=0, pattern=pattern), DEVICES["cpu"])
     graph = run_passes(model, trace(model, args, kwargs), PIPELINE, prepared)
     take = ops.EAGER[ops.take_op]
-    weights = [n.args[0].target for n in graph.nodes if n.target is take and n.args[0].op == "get_attr"]
+    weights = [n.args[0].target for n in graph.nodes if n.target is take and is_parameter(n.args[0])]
     assert len(weights) == len(set(weights))
     gathered = {"input": "ih", "state": "hh"} if name[:3] != "own" else {"input": "of_input", "state": "of_state"}
     assert len(weights) == sum(place in gathered for place in ONE_MASK[name][1].split())
