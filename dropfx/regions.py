@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import fx
 
 from dropfx import ops
 from dropfx.axis_rules import Axis, Operands, rule_of
+from dropfx.batch_statistics import reached_statistic
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Site
 
@@ -61,9 +62,11 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     """The region of a site; nodes in `taken` are compact for another one and count as dense here.
 
     Raises:
-        RegionRefused: a neighbour forbids a draw that the batch shares.
+        RegionRefused: something behind the site forbids a draw that the batch shares.
     """
     assert site.node is not None
+    if reason := reached_statistic(module, site.node, site.axis):
+        raise RegionRefused(reason)
     region = Region(site.node, straight={site.node})
     region.forms[site.node] = Axis(site.axis)
     value = value_of(site.node)
@@ -73,7 +76,7 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     assert isinstance(source, fx.Node)
     region.wants[site.node] = {source: Axis(site.axis)}
     _grow_before(region, source, Axis(site.axis), taken)
-    _grow_after(module, region, taken)
+    _grow_after(region, taken)
     return region
 
 
@@ -148,13 +151,12 @@ def _gatherable(node: fx.Node) -> bool:
     return all(argument(node, place, name, default) == default for name, place, default in plain)
 
 
-def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> None:
+def _grow_after(region: Region, taken: set[fx.Node]) -> None:
     zeros = {region.site}
     for node in _after(region.site):
         read = [o for o in node.all_input_nodes if o in zeros]
         if not read:
             continue
-        _refuse_batch_statistics(module, node)
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
         free = not ("pinned" in node.meta or "site" in node.meta)
@@ -177,12 +179,6 @@ def _after(site: fx.Node) -> Iterator[fx.Node]:
     while node.op != "root":
         yield node
         node = node.next
-
-
-def _refuse_batch_statistics(module: fx.GraphModule, node: fx.Node) -> None:
-    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if op_name(node) == "batch_norm" or isinstance(called, nn.modules.batchnorm._BatchNorm):
-        raise RegionRefused("a draw shared by the batch would reach the statistics of a batch normalisation")
 
 
 def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
