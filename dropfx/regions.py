@@ -100,7 +100,7 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
 
 def _compact_before(region: Region, node: fx.Node, at: Axis) -> Operands | None:
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
-    if "site" in node.meta or (region.leading is not None and not _leads(node, at, region.leading)):
+    if drops(node) or (region.leading is not None and not _leads(node, at, region.leading)):
         return None
     if op_name(node) in GEMMS:
         return region.wants.get(node, {}) if at == Axis(-1) and _gatherable(node) else None
@@ -159,7 +159,7 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
             continue
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
-        free = not ("pinned" in node.meta or "site" in node.meta)
+        free = not ("pinned" in node.meta or drops(node))
         if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
         elif free and node not in taken and recurrent_weight(node) in read:
@@ -244,6 +244,11 @@ def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
     return value is not None and out is not None and value.dim() == out.dim() and value.shape[:1] == out.shape[:1]
 
 
+def drops(node: fx.Node) -> bool:
+    """Whether it is a site, of another rate than 0."""
+    return "site" in node.meta and not node.meta.get("identity")
+
+
 def ends(region: Region) -> str:
     """What lies around a region that holds no product, for `explain`: " (before it: conv2d; behind it: layer_norm)"."""
     sides = [("before", region.ends_before), ("behind", region.ends_behind)]
@@ -253,7 +258,7 @@ def ends(region: Region) -> str:
 
 
 def _named(region: Region, node: fx.Node) -> str:
-    if "site" in node.meta:
+    if drops(node):
         return "another dropout"
     plain = {"placeholder": "an input", "get_attr": "a parameter", "output": "the output"}
     if node.op in plain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
 from dropfx.graphs import argument, op_name, value_of
@@ -26,9 +26,12 @@ def origin(node: fx.Node, dim: int) -> Source | int:
 
 
 def is_fixed(node: fx.Node, dim: int) -> bool:
-    """Whether the size is a parameter's or the program's: the same in every call."""
+    """Whether the size is a parameter's or the program's, or one that Dynamo guards on: the same in every call."""
     found = origin(node, dim)
-    return isinstance(found, int) or found[0].op == "get_attr"
+    if isinstance(found, int) or found[0].op == "get_attr":
+        return True
+    traced = found[0].meta.get("example_value")
+    return isinstance(traced, Tensor) and type(traced.shape[found[1]]) is int
 
 
 def _earlier(node: fx.Node, dim: int) -> Source | int | None:

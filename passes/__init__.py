@@ -4,6 +4,7 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.drop_identities import drop_identities
 from dropfx.passes.drop_packed import drop_packed
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
@@ -42,6 +43,7 @@ PIPELINE = (
     expand_recurrent,
     expand_cells,
     lead_with_time,
+    drop_identities,
     canonicalize,
     find_sites,
     plan_regions,

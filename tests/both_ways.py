@@ -54,4 +54,4 @@ def check_both_ways(
             masks = check_step(
                 model, compiled, (x,), dtype=torch.float64, seed=seed, left_alone=left, input_grad=input_grad
             )
-            assert set(masks) == rewritten
+            assert set(masks) == rewritten, type(compiled)
