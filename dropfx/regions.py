@@ -13,6 +13,7 @@ from dropfx.axis_rules import Axis, Operands, rule_of
 from dropfx.batch_statistics import reached_statistic
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.pass_infra import Site
+from dropfx.sites import DROPOUT_FUNCTIONS
 
 GEMMS = ("linear", "embedding")
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
@@ -136,6 +137,21 @@ def _leads(node: fx.Node, at: Axis, leading: int) -> bool:
     if rule is None:
         return op_name(node) in GEMMS
     return rule.leads(node) and any(same_rows(o, node, at) for o in node.all_input_nodes)
+
+
+def is_dropped(value: Any) -> bool:
+    """Whether a dropout is behind a value, through operations that keep its units."""
+    pending, seen = [value], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
+            return True
+        if rule_of(node) is not None:
+            pending += cast(list[Any], node.all_input_nodes)
+    return False
 
 
 def _over_units(node: fx.Node, axis: Axis) -> bool:

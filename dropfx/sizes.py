@@ -11,6 +11,7 @@ from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, a
 from dropfx.graphs import argument, op_name, value_of
 from dropfx.sites import DROPOUT_FUNCTIONS
 
+SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 Source = tuple[fx.Node, int]
 
 
@@ -46,6 +47,10 @@ def _earlier(node: fx.Node, dim: int) -> Source | int | None:
     if name in PERMUTATIONS and isinstance(first, fx.Node):
         axes = axes_of_permutation(node)
         return None if axes is None else (first, axes[dim])
+    if name == "getitem" and isinstance(first, fx.Node) and op_name(first) in SPLITS:
+        whole, along = argument(first, 0, "tensor"), argument(first, 2, "dim", 0)
+        apart = isinstance(whole, fx.Node) and isinstance(along, int) and along % value.dim() != dim
+        return (whole, dim) if apart else None
     if name == "getitem" and isinstance(first, fx.Node):
         kept = axes_of_index(node)
         return None if kept is None or kept[dim] is None else (first, kept[dim])  # type: ignore[return-value]

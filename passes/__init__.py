@@ -6,6 +6,7 @@ if __name__ == "passes":
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.drop_identities import drop_identities
 from dropfx.passes.drop_packed import drop_packed
+from dropfx.passes.expand_cats import expand_cats
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
@@ -14,6 +15,7 @@ from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.join_cats import join_cats
 from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.keep_weights import keep_weights
@@ -45,8 +47,10 @@ PIPELINE = (
     lead_with_time,
     drop_identities,
     canonicalize,
+    expand_cats,
     find_sites,
     plan_regions,
+    join_cats,
     plan_tiles,
     insert_draws,
     rewrite_tiles,

@@ -12,7 +12,7 @@ from torch import fx
 
 from dropfx.graphs import argument, op_name, parts_of, value_of
 from dropfx.pass_infra import Context, PassResult
-from dropfx.sizes import is_fixed, origin
+from dropfx.sizes import SPLITS, is_fixed, origin
 
 _JOINS = ("cat", "concat", "concatenate")
 _EXPANSIONS = ("expand", "broadcast_to")
@@ -168,5 +168,4 @@ def _whole_part(parts: fx.Node) -> fx.Node | None:
     if name == "chunk" and _is_number(argument(parts, 1, "chunks"), 1):
         return source
     value = value_of(source)
-    listed = name in ("chunk", "split", "split_with_sizes", "tensor_split")
-    return source if listed and value is not None and is_fixed(source, dim % value.dim()) else None
+    return source if name in SPLITS and value is not None and is_fixed(source, dim % value.dim()) else None
