@@ -18,6 +18,7 @@ from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.join_cats import join_cats
 from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
+from dropfx.passes.keep_layouts import keep_layouts
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
@@ -68,4 +69,5 @@ PIPELINE = (
     lower,
     keep_weights,
     fuse_activation,
+    keep_layouts,
 )
