@@ -66,8 +66,8 @@ PIPELINE = (
     fold_masks,
     fold_scale,
     share_weights,
+    keep_layouts,
     lower,
     keep_weights,
     fuse_activation,
-    keep_layouts,
 )

@@ -27,12 +27,12 @@ class Body(nn.Module):
         return self.body(self, x)
 
 
-def compiled_both_ways(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+def compiled_both_ways(model: nn.Module, inner: str = "eager", **options: Any) -> Iterator[nn.Module]:
     given = {"min_speedup": 0, "groups": 1, **options}
     yield dropfx.compile(copy.deepcopy(model), **given)
     torch._dynamo.reset()
     captured = copy.deepcopy(model)
-    captured.compile(backend="dropfx", options={"inner": "eager", **given})
+    captured.compile(backend="dropfx", options={"inner": inner, **given})
     yield captured
 
 
