@@ -85,7 +85,7 @@ def writes_in_place(node: fx.Node) -> bool:
     if not name:
         return False
     return (
-        name in _OPERATOR_INPLACE
+        name.strip("_") in _OPERATOR_INPLACE  # `__iadd__`, called by name, is one too
         or (name.endswith("_") and not name.endswith("__"))
         or node.kwargs.get("inplace") is True
         or node.kwargs.get("out") is not None

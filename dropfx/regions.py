@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import fx
 
 from dropfx import ops
 from dropfx.axis_rules import Axis, Operands, rule_of
+from dropfx.batch_statistics import reached_statistic
 from dropfx.graphs import argument, is_parameter, op_name, value_of
 from dropfx.pass_infra import Site
+from dropfx.sites import DROPOUT_FUNCTIONS
 
 GEMMS = ("linear", "embedding")
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
@@ -61,9 +63,11 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     """The region of a site; nodes in `taken` are compact for another one and count as dense here.
 
     Raises:
-        RegionRefused: a neighbour forbids a draw that the batch shares.
+        RegionRefused: something behind the site forbids a draw that the batch shares.
     """
     assert site.node is not None
+    if reason := reached_statistic(module, site.node, site.axis):
+        raise RegionRefused(reason)
     region = Region(site.node, straight={site.node})
     region.forms[site.node] = Axis(site.axis)
     value = value_of(site.node)
@@ -73,7 +77,7 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     assert isinstance(source, fx.Node)
     region.wants[site.node] = {source: Axis(site.axis)}
     _grow_before(region, source, Axis(site.axis), taken)
-    _grow_after(module, region, taken)
+    _grow_after(region, taken)
     return region
 
 
@@ -97,7 +101,7 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
 
 def _compact_before(region: Region, node: fx.Node, at: Axis) -> Operands | None:
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
-    if "site" in node.meta or (region.leading is not None and not _leads(node, at, region.leading)):
+    if drops(node) or (region.leading is not None and not _leads(node, at, region.leading)):
         return None
     if op_name(node) in GEMMS:
         return region.wants.get(node, {}) if at == Axis(-1) and _gatherable(node) else None
@@ -135,6 +139,21 @@ def _leads(node: fx.Node, at: Axis, leading: int) -> bool:
     return rule.leads(node) and any(same_rows(o, node, at) for o in node.all_input_nodes)
 
 
+def is_dropped(value: Any) -> bool:
+    """Whether a dropout is behind a value, through operations that keep its units."""
+    pending, seen = [value], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
+            return True
+        if rule_of(node) is not None:
+            pending += cast(list[Any], node.all_input_nodes)
+    return False
+
+
 def _over_units(node: fx.Node, axis: Axis) -> bool:
     dim, value = argument(node, 1, "dim"), value_of(node)
     return isinstance(dim, int) and value is not None and dim % value.dim() == value.dim() + axis.dim
@@ -148,16 +167,15 @@ def _gatherable(node: fx.Node) -> bool:
     return all(argument(node, place, name, default) == default for name, place, default in plain)
 
 
-def _grow_after(module: fx.GraphModule, region: Region, taken: set[fx.Node]) -> None:
+def _grow_after(region: Region, taken: set[fx.Node]) -> None:
     zeros = {region.site}
     for node in _after(region.site):
         read = [o for o in node.all_input_nodes if o in zeros]
         if not read:
             continue
-        _refuse_batch_statistics(module, node)
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
-        free = not ("pinned" in node.meta or "site" in node.meta)
+        free = not ("pinned" in node.meta or drops(node))
         if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
         elif free and node not in taken and recurrent_weight(node) in read:
@@ -177,12 +195,6 @@ def _after(site: fx.Node) -> Iterator[fx.Node]:
     while node.op != "root":
         yield node
         node = node.next
-
-
-def _refuse_batch_statistics(module: fx.GraphModule, node: fx.Node) -> None:
-    called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if op_name(node) == "batch_norm" or isinstance(called, nn.modules.batchnorm._BatchNorm):
-        raise RegionRefused("a draw shared by the batch would reach the statistics of a batch normalisation")
 
 
 def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
@@ -248,6 +260,11 @@ def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
     return value is not None and out is not None and value.dim() == out.dim() and value.shape[:1] == out.shape[:1]
 
 
+def drops(node: fx.Node) -> bool:
+    """Whether it is a site, of another rate than 0."""
+    return "site" in node.meta and not node.meta.get("identity")
+
+
 def ends(region: Region) -> str:
     """What lies around a region that holds no product, for `explain`: " (before it: conv2d; behind it: layer_norm)"."""
     sides = [("before", region.ends_before), ("behind", region.ends_behind)]
@@ -257,7 +274,7 @@ def ends(region: Region) -> str:
 
 
 def _named(region: Region, node: fx.Node) -> str:
-    if "site" in node.meta:
+    if drops(node):
         return "another dropout"
     plain = {"placeholder": "an input", "output": "the output"}
     if is_parameter(node):

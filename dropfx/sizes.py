@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graphs import argument, is_parameter, op_name, value_of
 from dropfx.sites import DROPOUT_FUNCTIONS
 
+SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 Source = tuple[fx.Node, int]
 
 
@@ -25,6 +26,15 @@ def origin(node: fx.Node, dim: int) -> Source | int:
     return found
 
 
+def is_fixed(node: fx.Node, dim: int) -> bool:
+    """Whether the size is a parameter's or the program's, or one that Dynamo guards on: the same in every call."""
+    found = origin(node, dim)
+    if isinstance(found, int) or is_parameter(found[0]):
+        return True
+    traced = found[0].meta.get("example_value")
+    return isinstance(traced, Tensor) and type(traced.shape[found[1]]) is int
+
+
 def _earlier(node: fx.Node, dim: int) -> Source | int | None:
     name, value, first = op_name(node), value_of(node), node.args[0] if node.args else None
     if value is None:
@@ -37,6 +47,10 @@ def _earlier(node: fx.Node, dim: int) -> Source | int | None:
     if name in PERMUTATIONS and isinstance(first, fx.Node):
         axes = axes_of_permutation(node)
         return None if axes is None else (first, axes[dim])
+    if name == "getitem" and isinstance(first, fx.Node) and op_name(first) in SPLITS:
+        whole, along = argument(first, 0, "tensor"), argument(first, 2, "dim", 0)
+        apart = isinstance(whole, fx.Node) and isinstance(along, int) and along % value.dim() != dim
+        return (whole, dim) if apart else None
     if name == "getitem" and isinstance(first, fx.Node):
         kept = axes_of_index(node)
         return None if kept is None or kept[dim] is None else (first, kept[dim])  # type: ignore[return-value]

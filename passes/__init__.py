@@ -4,7 +4,9 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.drop_identities import drop_identities
 from dropfx.passes.drop_packed import drop_packed
+from dropfx.passes.expand_cats import expand_cats
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
 from dropfx.passes.find_sites import find_sites
@@ -13,8 +15,10 @@ from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.insert_draws import insert_draws
+from dropfx.passes.join_cats import join_cats
 from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
+from dropfx.passes.keep_layouts import keep_layouts
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
@@ -42,9 +46,12 @@ PIPELINE = (
     expand_recurrent,
     expand_cells,
     lead_with_time,
+    drop_identities,
     canonicalize,
+    expand_cats,
     find_sites,
     plan_regions,
+    join_cats,
     plan_tiles,
     insert_draws,
     rewrite_tiles,
@@ -59,6 +66,7 @@ PIPELINE = (
     fold_masks,
     fold_scale,
     share_weights,
+    keep_layouts,
     lower,
     keep_weights,
     fuse_activation,

@@ -6,18 +6,15 @@ other where something that they read is dropped; `join_cells` makes it whole aga
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.axis_rules import rule_of
 from dropfx.emit import Emitter
 from dropfx.graphs import argument, value_of
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
 from dropfx.pass_infra import Context, PassResult
 from dropfx.patterns import Tile
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.regions import is_dropped
 
 
 def expand_cells(module: fx.GraphModule, context: Context) -> PassResult:
@@ -37,7 +34,7 @@ def _expand(node: fx.Node) -> bool:
     w_ih, w_hh, b_ih, b_hh = (argument(node, place, name) for place, name in enumerate(names, 2))
     if any(value_of(operand) is None for operand in (x, *states, w_ih, w_hh)):
         return False
-    if not (_dropped(x) or _dropped(states[0])):
+    if not (is_dropped(x) or is_dropped(states[0])):
         return False
     emit = Emitter(node)
     gates = emit(F.linear, x, w_ih, b_ih), emit(F.linear, states[0], w_hh, b_hh)
@@ -45,18 +42,3 @@ def _expand(node: fx.Node) -> bool:
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
     return True
-
-
-def _dropped(value: Any) -> bool:
-    """Whether a dropout is behind a value, through operations that keep its units."""
-    pending, seen = [value], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
-            return True
-        if rule_of(node) is not None:
-            pending += cast(list[Any], node.all_input_nodes)
-    return False

@@ -34,6 +34,8 @@ def _site(node: fx.Node, context: Context) -> Site:
     numeric = isinstance(rate, (int, float))
     site = Site(known["call"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
     site.reason = _refusal(node, site, context) if numeric else "its rate is computed in the forward"
+    # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
+    node.meta["identity"] = rate == 0 and numeric and node.target is not shared_dropout and "pinned" not in node.meta
     value = value_of(node)
     if not site.reason and value is not None:
         site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()

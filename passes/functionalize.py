@@ -1,7 +1,8 @@
 """relu_(x); use(x) -> y = relu(x); use(y)        also where `use` reads a view of x, or x is itself a view
 
-What aliases what is read off the storages of the fake values. A write that has no functional form, or into memory from
-outside of the graph, stays as it is, and all that shares its memory is pinned: no later pass makes it compact.
+What aliases what is read off the storages of the fake values, those of operations with several results too. A write
+that has no functional form, or into memory from outside of the graph, stays as it is, and all that shares its memory is
+pinned: no later pass makes it compact.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from dropfx.graphs import argument, op_name, value_of, writes_in_place
 from dropfx.pass_infra import Context, PassResult
@@ -34,6 +36,7 @@ _REPLAYABLE = (
     "permute",
     "t",
     "getitem",
+    *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"),
 )
 _INVERTIBLE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
@@ -62,19 +65,19 @@ def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
     aliases = _aliases(graph, target)
     form = _functional(node) if aliases is not None else None
     if aliases is None or form is None:
-        _pin(graph, node, target)
+        _pin(graph, node)
         return False
     later = _later(node)
     rereads = []
     for alias in aliases - {node, target} - later:  # later ones derive from what is redirected here
-        users = [user for user in alias.users if user in later]
+        users = [user for user in alias.users if user in later and not _reads_another(user, aliases)]
         path = _path(target, alias, aliases) if users else None
         if path is not None and any(operand in later for step in path[1] for operand in step.all_input_nodes):
             path = None  # a view of sizes that are not known yet
         if path is not None:
             rereads.append(_Reread(alias, users, *path))
         elif users:
-            _pin(graph, node, target)
+            _pin(graph, node)
             return False
     storage = _storage(target.meta["val"])
     _replace(graph, node, target, form, rereads, later)
@@ -86,10 +89,10 @@ def _revalue(graph: fx.Graph, storage: int) -> None:
     """Give fake values of their own to nodes that no longer share the written memory."""
     changed: set[fx.Node] = set()
     for node in graph.nodes:
-        value = value_of(node)
-        if value is None or node.op not in ("call_function", "call_method") or _storage(value) != storage:
+        if node.op not in ("call_function", "call_method") or storage not in _storages(node):
             continue
-        if "functional" in node.meta:
+        value = value_of(node)
+        if "functional" in node.meta and value is not None:
             node.meta["val"] = value.detach().requires_grad_(value.requires_grad).clone()
             del node.meta["functional"]
         elif any(operand in changed for operand in node.all_input_nodes):
@@ -193,29 +196,35 @@ def _storage(value: Tensor) -> int:
     return int(StorageWeakRef(value.untyped_storage()).cdata)
 
 
+def _storages(node: object) -> set[int]:
+    """The memory of a node's value, be it one tensor or several."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    leaves = [value] if value is None or isinstance(value, Tensor) else pytree.tree_leaves(value)
+    return {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided}
+
+
 def _aliases(graph: fx.Graph, target: object) -> set[fx.Node] | None:
     """Nodes that share memory with target; None where memory from outside of the graph is among them."""
     value = value_of(target)
     if value is None:
         return None
     storage = _storage(value)
-    found = set()
-    for node in graph.nodes:
-        other = value_of(node)
-        if other is not None and _storage(other) == storage:
-            if node.op in ("placeholder", "get_attr", "call_module"):
-                return None
-            found.add(node)
-    return found
+    found = {node for node in graph.nodes if storage in _storages(node)}
+    return None if any(node.op in ("placeholder", "get_attr", "call_module") for node in found) else found
 
 
-def _pin(graph: fx.Graph, node: fx.Node, target: object) -> None:
-    """A write that stays: all that shares its memory stays dense."""
+def _reads_another(node: fx.Node, aliases: set[fx.Node]) -> bool:
+    """Whether it takes one of several results, and not one that was written."""
+    return node.target is operator.getitem and node not in aliases and value_of(node) is not None
+
+
+def _pin(graph: fx.Graph, node: fx.Node) -> None:
+    """A write that stays: all that shares memory with what it writes stays dense."""
     node.meta["pinned"] = True
-    value = value_of(target)
+    written = pytree.tree_leaves((argument(node, 0, "input"), node.kwargs.get("out")))
+    storages = set[int]().union(*map(_storages, written))
     for other in graph.nodes:
-        shared = value_of(other)
-        if value is not None and shared is not None and _storage(shared) == _storage(value):
+        if not storages.isdisjoint(_storages(other)):
             other.meta["pinned"] = True
 
 

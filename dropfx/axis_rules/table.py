@@ -33,13 +33,14 @@ from dropfx.graphs import op_name, parts_of, value_of
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
-    "abs neg sin asin arcsin atan arctan tan sinh asinh square sign erf expm1 log1p floor ceil round trunc"
+    "abs neg pos positive sin asin arcsin atan arctan tan sinh asinh square sign erf expm1 log1p floor ceil round trunc"
 )
 _NOT_ZERO_AT_ZERO = (
     "sigmoid logsigmoid hardsigmoid softplus exp exp2 log cos cosh rsqrt sqrt reciprocal where maximum minimum eq ne "
     "lt le gt ge masked_fill logical_not"
 )
-COPIES = frozenset(["contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as"])
+_COPIES = "contiguous clone detach to float double half bfloat16 type type_as cpu cuda alias resolve_conj resolve_neg"
+COPIES = frozenset(_COPIES.split())
 _RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as"
 PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"])
 
@@ -64,7 +65,9 @@ AXIS_RULES: dict[str, AxisRule] = {
 
 
 def rule_of(node: fx.Node) -> AxisRule | None:
-    """The row of a node's operation, None where everything must be dense."""
+    """The row of a node's operation, None where everything must be dense; "identity": a dropout of rate 0."""
+    if node.meta.get("identity"):
+        return AXIS_RULES["clone"]
     if value_of(node) is None and parts_of(node) is None:
         return None
     return AXIS_RULES.get(op_name(node))

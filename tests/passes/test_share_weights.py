@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from dropfx import ops
 from dropfx.axis_rules import Axis
 from dropfx.devices import DEVICES
-from dropfx.options import make_options
 from dropfx.graphs import is_parameter
+from dropfx.options import make_options
 from dropfx.pass_infra import Context, Site, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks

@@ -41,6 +41,24 @@ def _walk_back(kind: str, grad: Tensor, dh: Tensor, dc: Tensor, saved: Saved, we
     return rnn.backward(kind, grad, dh, saved, weights, steps)
 
 
+def _dtypes(
+    kind: str, pre: Tensor, h0: Tensor, c0: Tensor | None, w_hr: Tensor | None, batch_sizes: Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """What a recurrence computes in, and the dtype of its hidden states, as PyTorch has it under autocast.
+
+    Autocast casts the products alone; on a CPU the steps of PyTorch's own promote what they add to their state, which
+    a GRU's is h and an LSTM's c. cuDNN, and oneDNN for whole layers of LSTM, take and give the dtype of the products.
+    """
+    if pre.device.type == "cpu" and kind == "gru":
+        promoted = torch.promote_types(pre.dtype, h0.dtype)
+        return promoted, promoted
+    by_one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if pre.device.type != "cpu" or c0 is None or (w_hr is None and batch_sizes is None and by_one_dnn):
+        return pre.dtype, pre.dtype
+    promoted = torch.promote_types(pre.dtype, c0.dtype)
+    return promoted, promoted if w_hr is None else pre.dtype  # a projection is a product
+
+
 def _run(
     kind: str,
     pre: Tensor,
@@ -50,14 +68,15 @@ def _run(
     batch_sizes: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """All in the dtype of `pre`, which autocast has chosen where it is on."""
-    like: dict[str, Any] = {"dtype": pre.dtype, "copy": True, "memory_format": torch.contiguous_format}
-    h = h0.to(**like)
+    """All in one dtype, of `pre` or of the states: autocast may be on."""
+    dtype, hidden = _dtypes(kind, pre, h0, c0, weights.hr, batch_sizes)
+    like: dict[str, Any] = {"dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
+    pre, h = pre.to(dtype), h0.to(**like)
     c = pre.new_empty(0) if c0 is None else c0.to(**like)
     steps = steps_of(pre.shape, batch_sizes, reverse)
     with torch.autocast(pre.device.type, enabled=False):
-        out, saved = _walk(kind, pre.reshape(-1, pre.size(-1)), h, c, weights.cast(pre.dtype), steps)
-    return out, h, c, saved
+        out, saved = _walk(kind, pre.reshape(-1, pre.size(-1)), h, c, weights.cast(dtype), steps)
+    return out.to(hidden), h.to(hidden), c, saved
 
 
 def _gradients(
@@ -118,10 +137,12 @@ def _recurrence(
 
 
 def _recurrence_fake(kind: str, pre: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any) -> _Outputs:
-    flat = pre.new_empty(pre.shape[:-1].numel(), pre.size(-1))
-    out = pre.new_empty(*pre.shape[:-1], h0.size(1))
-    c = pre.new_empty(0 if c0 is None else c0.shape)
-    return out, pre.new_empty(h0.shape), c, *Saved.empty(kind, flat, h0)
+    _, _, w_hr, batch_sizes, *_ = rest
+    dtype, hidden = _dtypes(kind, pre, h0, c0, w_hr, batch_sizes)
+    flat = pre.new_empty(pre.shape[:-1].numel(), pre.size(-1), dtype=dtype)
+    out = pre.new_empty(*pre.shape[:-1], h0.size(1), dtype=hidden)
+    c = flat.new_empty(0 if c0 is None else c0.shape)
+    return out, pre.new_empty(h0.shape, dtype=hidden), c, *Saved.empty(kind, flat, h0)
 
 
 def _recurrence_backward(

@@ -1,0 +1,43 @@
+"""dropout(x) -> dropout(x in the layout that the model gives it)        for the dropouts that run as written
+
+PyTorch draws a mask in the order in which the tensor lies in memory. A site that runs as written draws what it would in
+the model, under the same seed, though its neighbours were turned or made compact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from dropfx.graphs import argument, op_name, value_of
+from dropfx.pass_infra import Context, PassResult
+
+_DRAWING = ("dropout", "alpha_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "rrelu")
+"""Operations that draw a number for each element of their input; those of whole channels draw in the axes' order."""
+
+
+def keep_layouts(module: fx.GraphModule, context: Context) -> PassResult:
+    """Bring what such operations read into the layout that it had in the trace, where anything was rewritten."""
+    modified = False
+    for node in list(module.graph.nodes) if context.draws else []:
+        source = argument(node, 0, "input")
+        if op_name(node) in _DRAWING and isinstance(source, fx.Node) and "pinned" not in node.meta:
+            modified |= _keep(node, source)
+    return PassResult(module, modified)
+
+
+def _keep(node: fx.Node, source: fx.Node) -> bool:
+    value, read = value_of(node), value_of(source)
+    if value is None or read is None or value.shape != read.shape or source.op in ("placeholder", "get_attr"):
+        return False
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda d: -strides[d])
+    graph = node.graph
+    with graph.inserting_before(node):
+        laid: Any = source if order == sorted(order) else graph.call_method("permute", (source, *order))
+        laid = graph.call_method("contiguous", (laid,))
+        if order != sorted(order):
+            laid = graph.call_method("permute", (laid, *map(order.index, range(len(order)))))
+    node.replace_input_with(source, laid)
+    return True
