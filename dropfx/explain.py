@@ -164,6 +164,7 @@ def explain(
 
 
 def options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
+    """The options given, checked; without them those that the model was compiled with, or the defaults."""
     if options is not None and not isinstance(options, dict):
         raise InvalidOption(f"options: got {type(options).__name__}, accepted is a dict of dropfx.compile's options")
     state = model.__dict__.get("_dropfx")

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch._dynamo import config, eval_frame, optimize
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import ConvertFrameReturn
+from torch._dynamo.utils import graph_break_reasons
 
 from dropfx.frontend.captured_graph import CapturedGraph
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
@@ -136,9 +137,6 @@ class Capture:
     def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         root, frame = self._root(), InstructionTranslator.current_tx().output.root_tx
         path = self.path_of(_self_of(frame.f_code, frame.f_locals)) or ""
-        reason = getattr(module, "compile_subgraph_reason", None)
-        if reason is not None and reason.graph_break:
-            self.left.setdefault(path, one_line(reason.reason))
         if root is not None and tensor_parallel(root):
             self.left[""] = TENSOR_PARALLEL
             return module.forward
@@ -184,6 +182,7 @@ class _Frames:
         if self._captured[code] >= RECOMPILE_LIMIT:
             self._warn(capture, frame, entry)
             return as_written
+        breaks = len(graph_break_reasons)
         try:
             ignored = config.ignore_logging_functions | _IGNORED
             with config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
@@ -193,6 +192,9 @@ class _Frames:
             self._fail(capture, frame, one_line(str(error)))
             return as_written
         self._captured[code] += made.guarded_code is not None
+        for reason in graph_break_reasons[breaks:]:
+            path = capture.path_of(_self_of(code, frame.f_locals))
+            capture.left.setdefault(path or "", one_line(reason.reason))
         if (made.skip_reason or "").startswith(_FAILED):
             self._fail(capture, frame, "PyTorch's compiler cannot capture it")
             return as_written
@@ -215,8 +217,8 @@ class _Frames:
         capture.left[path or ""] = capture.limited
         name = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_code.co_firstlineno})"
         warnings.warn(
-            f"dropfx.compile: {name} was {capture.limited}{_cause(frame, entry)}. Where no captured graph holds it runs "
-            "as written from now on. Make what changes a tensor, or raise dropfx.frontend.capture.RECOMPILE_LIMIT",
+            f"dropfx.compile: {name} was {capture.limited}{_cause(frame, entry)}. Where no captured graph holds it "
+            "runs as written from now on. Make what changes a tensor, or raise dropfx.frontend.capture.RECOMPILE_LIMIT",
             RuntimeWarning,
             stacklevel=3,
         )

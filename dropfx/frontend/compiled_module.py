@@ -1,7 +1,7 @@
 """A compiled module: the swapped class, and the state that answers its calls.
 
 The swapped class' forward runs what Dynamo captured of the class' own, rewritten, or that forward itself where nothing
-drops. A module whose parts are called on their own, or whose forward Dynamo cannot follow, hands its options on to them.
+drops. A module whose parts are called on their own, or whose forward Dynamo cannot follow, hands its options on.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
 
 
 def _spell_out_rates(captured: fx.Graph, graph: fx.Graph) -> None:
-    """bernoulli_(x, 1 - p) -> bernoulli_(x, .5): a mask made by hand is known by its numbers, on which Dynamo guards."""
+    """bernoulli_(x, 1 - p) -> bernoulli_(x, .5): of a mask made by hand Dynamo guards on the numbers."""
     nodes = list(zip(captured.nodes, list(graph.nodes), strict=False))
     symbols = {source: value for source, _ in nodes if isinstance(value := source.meta.get("example_value"), SymFloat)}
     for source, _ in nodes:

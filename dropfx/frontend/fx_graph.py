@@ -106,8 +106,8 @@ def rewrite(
         options: those of `dropfx.compile`.
 
     Returns:
-        A module of the same parts and parameters: in training mode it runs the rewritten graph with a fresh draw a call, in
-        eval mode `graph_module`'s. Rates are those of now.
+        A module of the same parts and parameters: in training mode it runs the rewritten graph with a fresh draw a
+        call, in eval mode `graph_module`'s. Rates are those of now.
 
     Raises:
         InvalidModel (TypeError): `graph_module` is no GraphModule.
