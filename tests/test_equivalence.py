@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,23 +41,36 @@ SAMPLE = (
 )
 
 
+def every(names: Sequence[str], step: int) -> list[Any]:
+    """Each step-th of the names; the others are slow tests.
+
+    What a model's graph becomes is decided before its draw is made, so patterns, dtypes and front ends meet a sample of
+    the catalogue, each another one, and `block` in double precision the whole.
+    """
+    return [pytest.param(name, marks=[pytest.mark.slow] if place % step else []) for place, name in enumerate(names)]
+
+
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", CASES)
-def test_catalogue(name: str, pattern: str) -> None:
-    check_case(CASES[name], torch.float64, pattern=pattern)
+def test_catalogue(name: str) -> None:
+    check_case(CASES[name], torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", every(list(CASES), 5))
+def test_catalogue_slice(name: str) -> None:
+    check_case(CASES[name], torch.float64, pattern="slice")
+
+
+@pytest.mark.filterwarnings("ignore:.*no dropout")
+@pytest.mark.parametrize("name", every(ONE_OF_EACH, 7))
 def test_catalogue_single_precision(name: str) -> None:
     check_case(CASES[name], torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("dtype", "pattern"), [(torch.bfloat16, "block"), (torch.float16, "slice")])
 @pytest.mark.parametrize("name", SMOOTH)
-def test_low_precision(name: str, pattern: str, dtype: torch.dtype) -> None:
+def test_low_precision(name: str, dtype: torch.dtype, pattern: str) -> None:
     check_case(CASES[name], dtype, pattern=pattern)
 
 
@@ -71,7 +87,7 @@ def test_under_autocast(name: str, dtype: torch.dtype) -> None:
     assert set(masks or ()) == set(case.rewritten)
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 16, 33, 50])
+@pytest.mark.parametrize("size", [1, 7, 33])
 @pytest.mark.parametrize("name", SAMPLE)
 def test_explicit_block_sizes(name: str, size: int) -> None:
     """Sizes that don't divide the axis end in a shorter block, which a plan pads."""
@@ -95,10 +111,9 @@ def test_block_option(size: int) -> None:
     check_case(CASES["mlp"], torch.float64, block=size)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", SAMPLE)
-def test_changing_batch_sizes(name: str, pattern: str) -> None:
-    check_case(CASES[name], torch.float64, batches=(4, 1, 0, 7, 1, 4), pattern=pattern)
+def test_changing_batch_sizes(name: str) -> None:
+    check_case(CASES[name], torch.float64, batches=(4, 1, 0, 7, 1, 4))
 
 
 @pytest.mark.parametrize("name", SAMPLE)

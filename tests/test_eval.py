@@ -14,6 +14,7 @@ from dropfx.runtime import shared
 from tests import comparison, oracle
 from tests.case import Case, pair, recording
 from tests.models import CASES
+from tests.test_equivalence import every
 
 LAYERED = [name for name in CASES if not name.startswith(("before_", "after_"))]
 
@@ -43,14 +44,14 @@ def check_eval(original: nn.Module, compiled: nn.Module, case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("name", every(LAYERED, 2))
 def test_eval_before_any_training(name: str) -> None:
     case = CASES[name]
     check_eval(*pair(case), case)
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("name", every(LAYERED, 8))
 def test_eval_after_training(name: str) -> None:
     case = CASES[name]
     original, compiled = pair(case)

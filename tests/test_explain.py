@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import dropfx
 from tests.case import Case, mlp, recording
 from tests.models import CASES
+from tests.test_equivalence import every
 
 ALL = {"min_speedup": 0}
 TRACEABLE = (
@@ -68,7 +69,7 @@ def test_fields_of_a_rewritten_site() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs", "ignore:.*no dropout")
-@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_COPIED and not name.startswith("hook_")])
+@pytest.mark.parametrize("name", every([n for n in CASES if n not in NOT_COPIED and not n.startswith("hook_")], 8))
 def test_sites_agree_with_what_is_recorded(name: str) -> None:
     """Exactly the sites explained as rewritten have a mask, and every other one has a reason of one line."""
     case = CASES[name]

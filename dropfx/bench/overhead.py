@@ -1,11 +1,10 @@
-"""What a compiled model costs beside its arithmetic: key check, draws, and dispatch of the gathered ops."""
+"""What a compiled model costs beside its arithmetic: guards, draws, and dispatch of the gathered ops."""
 
 from __future__ import annotations
 
 import copy
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,7 +12,6 @@ from rich.console import Console
 import dropfx
 from dropfx.bench import harness
 from dropfx.bench.training import mlp
-from dropfx.specialise import key_of
 from dropfx.timing import Step
 
 _SIZES = (8, 8, 8, 8)
@@ -25,13 +23,14 @@ class Overhead:
     """Median microseconds a forward call of a 3-layer MLP of 8 units; its arithmetic is negligible.
 
     Attributes:
-        key: finding the specialisation: kinds of the inputs, and whether what the trace read is unchanged.
+        guards: finding the graph: Dynamo's guards, measured as the same call through PyTorch's own compiler, which runs
+            the model's graph as it is.
         draws: the draws of all sites.
         plain, compiled: whole calls in training.
         plain_eval, compiled_eval: whole calls in eval.
     """
 
-    key: float
+    guards: float
     draws: float
     plain: float
     compiled: float
@@ -41,7 +40,7 @@ class Overhead:
     @property
     def wrapper(self) -> float:
         """What a call pays before the rewritten graph runs."""
-        return self.key + self.draws
+        return self.guards + self.draws
 
 
 def measure(rounds: int = 20) -> Overhead:
@@ -50,16 +49,16 @@ def measure(rounds: int = 20) -> Overhead:
     plain = mlp(_SIZES, 0.5)
     compiled = dropfx.compile(copy.deepcopy(plain), min_speedup=0)
     inputs = torch.randn(4, _SIZES[0])
-    compiled(inputs)
-    state = compiled.__dict__["_dropfx"]
-
-    def look_up() -> Any:
-        """The specialisation that serves the inputs, with the key checked as a call does."""
-        return state.find((1, *(key_of([inputs]) or ())), [inputs])
-
-    found = look_up()
-    assert found is not None
-    parts = _microseconds({"key": look_up, "draws": found.draws.draw}, rounds)
+    captured = torch.compile(copy.deepcopy(plain), backend="eager")
+    compiled(inputs), captured(inputs)
+    (graph,) = compiled.__dict__["_dropfx"].capture.graphs
+    singly: dict[str, Step] = {
+        "captured": lambda: captured(inputs),
+        "draws": graph.variants[0].draw,
+        "plain": lambda: plain(inputs),
+    }
+    through, draws, alone = _microseconds(singly, rounds)
+    parts = through - alone, draws
     calls: dict[str, Step] = {"plain": lambda: plain(inputs), "compiled": lambda: compiled(inputs)}
     training = _microseconds(calls, rounds)
     plain.eval()
@@ -83,7 +82,7 @@ def show(console: Console, overhead: Overhead) -> None:
     dispatch = overhead.compiled - overhead.plain - overhead.wrapper
     console.print(
         f"per training call of a 3-layer MLP of 8 units: {overhead.plain:.0f} us plain, {overhead.compiled:.0f} us "
-        f"compiled: {overhead.wrapper:.0f} us wrapper (key check {overhead.key:.0f}, draws {overhead.draws:.0f}), "
+        f"compiled: {overhead.wrapper:.0f} us wrapper (guards {overhead.guards:.0f}, draws {overhead.draws:.0f}), "
         f"{dispatch:.0f} us more for the dispatch of the gathered ops; "
         f"eval {overhead.plain_eval:.0f} us plain, {overhead.compiled_eval:.0f} us compiled",
         highlight=False,
