@@ -26,6 +26,7 @@ from torch._dynamo.utils import graph_break_reasons
 from dropfx.frontend.captured_graph import CapturedGraph
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.dynamo_graph import results_of
+from dropfx.frontend.packed_sequence import packed_layers, run_packed, takes_packed
 from dropfx.frontend.whole_calls import whole_calls
 from dropfx.pass_infra import Options
 
@@ -62,7 +63,7 @@ class CaptureError(Exception):
     """A graph cannot be used; the next call captures another."""
 
 
-HandOn = Callable[[nn.Module, str, bool], None]
+HandOn = Callable[[nn.Module, str], None]
 
 
 class Capture:
@@ -71,8 +72,7 @@ class Capture:
     Args:
         module: its root; held weakly.
         prefix: path of the root in the model, "" or ending in a dot.
-        hand_on: called with a part, its path and True where the part's forward could not be captured, and with False
-            before that is tried again.
+        hand_on: called with a part and its path where the part's forward, or some of it, could not be captured.
 
     Attributes:
         graphs: captured so far, in their order.
@@ -97,7 +97,11 @@ class Capture:
                 self._start_anew()
         with whole_calls if self._whole else contextlib.nullcontext():
             try:
-                return self._run(module, args, kwargs)
+                if takes_packed(module, args):
+                    return run_packed(
+                        module, lambda layers, *given: self._run(layers, given, {}, True), *args, **kwargs
+                    )
+                return self._run(module, args, kwargs, False)
             except BaseException:
                 self._frames.failed.clear()  # it may be these inputs that could not be captured
                 raise
@@ -105,8 +109,6 @@ class Capture:
     def _start_anew(self) -> None:
         """Forget all graphs: what ended one may have gone."""
         self._calls, self._retry = 0, self._retry * _RETRY_FACTOR
-        for part in self._frames.handed_on:
-            self.hand_on(part, "", False)
         self.graphs.clear()
         self.left.clear()
         self._run, self._frames = self._optimized()
@@ -116,8 +118,10 @@ class Capture:
         self._root, self._paths = weakref.ref(module), {}
 
     def _optimized(self) -> tuple[Callable[..., Any], _Frames]:
-        def forward(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def forward(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any], packed: bool) -> Any:
             """What Dynamo captures: whatever the class' forward is by then."""
+            if packed:
+                return packed_layers(self, *args)
             return self._dropfx_original.forward(self, *args, **kwargs)
 
         # Dynamo keeps what it captured with the code, and what it saw change by its name: each model has its own
@@ -164,7 +168,6 @@ class _Frames:
 
     Attributes:
         failed: functions that cannot be captured.
-        handed_on: modules whose parts are compiled on their own for that.
     """
 
     def __init__(self, convert: Any, capture: weakref.ref[Capture]) -> None:
@@ -172,7 +175,6 @@ class _Frames:
         self._capture = capture
         self._captured: Counter[types.CodeType] = Counter()
         self.failed: set[types.CodeType] = set()
-        self.handed_on: list[nn.Module] = []
 
     def __call__(self, frame: Any, entry: Any, state: Any) -> ConvertFrameReturn:
         code, capture = frame.f_code, self._capture()
@@ -193,8 +195,7 @@ class _Frames:
             return as_written
         self._captured[code] += made.guarded_code is not None
         for reason in graph_break_reasons[breaks:]:
-            path = capture.path_of(_self_of(code, frame.f_locals))
-            capture.left.setdefault(path or "", one_line(reason.reason))
+            self._left(capture, frame, one_line(reason.reason))
         if (made.skip_reason or "").startswith(_FAILED):
             self._fail(capture, frame, "PyTorch's compiler cannot capture it")
             return as_written
@@ -202,12 +203,15 @@ class _Frames:
 
     def _fail(self, capture: Capture, frame: Any, reason: str) -> None:
         self.failed.add(frame.f_code)
+        self._left(capture, frame, reason)
+
+    def _left(self, capture: Capture, frame: Any, reason: str) -> None:
+        """A function runs as written, or a part of it."""
         module = _self_of(frame.f_code, frame.f_locals)
         path = capture.path_of(module)
         capture.left.setdefault(path or "", reason)
         if path is not None:
-            self.handed_on.append(module)
-            capture.hand_on(module, path, True)
+            capture.hand_on(module, path)
 
     def _warn(self, capture: Capture, frame: Any, entry: Any) -> None:
         if capture.limited:

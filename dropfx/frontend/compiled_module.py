@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dropfx.frontend.packed_sequence import takes_packed
 from dropfx.pass_infra import Options
 from dropfx.runtime import runtime, shared
 from dropfx.sites import DROPOUT_MODULES, RECURRENT_MODULES, makes_masks, may_drop
@@ -51,6 +52,8 @@ class State:
         if not self._drops(module):
             return _original_forward(module, args, kwargs)
         if torch.compiler.is_dynamo_compiling():  # its graphs are captured on their own, with options of their own
+            if not self.own and not takes_packed(module, args):
+                return _original_forward(module, args, kwargs)  # a part of what is being captured
             from dropfx.frontend.uncaptured import uncaptured
 
             return uncaptured(self._run, module, args, kwargs)
@@ -85,15 +88,13 @@ class State:
 
     # -- parts that are compiled on their own ------------------------------------------------------------------------
 
-    def _hand_on(self, module: nn.Module, path: str, compiled: bool) -> None:
-        """The forward of a part runs as written, or is tried again: compile its parts of PyTorch's own, or undo that.
+    def _hand_on(self, module: nn.Module, path: str) -> None:
+        """The forward of a part runs as written, or some of it: compile its parts of PyTorch's own, in case they do.
 
         Parts with code of the user's are captured within it.
         """
         for name, child in _parts(module):
-            if not compiled:
-                _unswap_part(child)
-            elif not _user_code(child):
+            if not _user_code(child):
                 self.adopt(child, f"{path}.{name}." if path else f"{name}.")
 
     def adopt_parts(self, module: nn.Module) -> list[str]:
@@ -223,12 +224,6 @@ def unswap(module: nn.Module) -> None:
         state = part.__dict__.get("_dropfx")
         if state is not None and (part is module or not state.own):
             _unswap(part)
-
-
-def _unswap_part(part: nn.Module) -> None:
-    state = part.__dict__.get("_dropfx")
-    if state is not None and not state.own:
-        _unswap(part)
 
 
 def _unswap(module: nn.Module) -> None:

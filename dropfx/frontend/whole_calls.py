@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo import allow_in_graph
 from torch._dynamo.eval_frame import skip_code
 from torch.autograd import Variable
@@ -24,10 +24,20 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
     def whole(*args: Any, **kwargs: Any) -> Any:
         """The function, of which only the kind of its result is asked: that no rate changes."""
         fixed = {name: _fixed(value) for name, value in kwargs.items()}
-        return function(*map(_fixed, args), **fixed)
+        given = tuple(map(_fixed, args))
+        packed = function in RECURRENT_FUNCTIONS and isinstance(given[3], (list, tuple))
+        return _like_packed(*given) if packed else function(*given, **fixed)
 
     made: Callable[..., Any] = allow_in_graph(whole)
     return made
+
+
+def _like_packed(data: Tensor, batch_sizes: Tensor, hx: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
+    """What a recurrent function returns for packed inputs, whose batch sizes it would ask for."""
+    states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+    gradients = sum(weight.flatten()[0] for weight in weights) * 0  # the results ask for one where the weights do
+    width = states[0].size(2) * (2 if options[-1] else 1)
+    return data.new_empty(data.size(0), width) + gradients, *(torch.empty_like(state) + gradients for state in states)
 
 
 def _fixed(value: Any) -> Any:
