@@ -157,3 +157,18 @@ def test_tiles_of_a_part_called_twice_have_one_kind_of_name() -> None:
             model(torch.randn(4, 64))
         assert set(masks[0]) == expected
         dropfx.testing.assert_equivalent(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}, {"pattern": "tile"}], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_autocast_leaves_float64(inner: str, options: dict[str, Any]) -> None:
+    """As PyTorch's own products do: a gathered one gave bfloat16 in place of float64."""
+    torch._dynamo.reset()
+    model = Net(lambda m, x: m.b(m.d(F.relu(m.a(x))))).double()
+    compiled = torch.compile(model, backend="dropfx", options={"inner": inner, "min_speedup": 0, **options})
+    x = torch.randn(64, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(x)
+    assert out.dtype == torch.float64
+    out.sum().backward()
+    assert model.a.weight.grad is not None
