@@ -61,10 +61,8 @@ def check(program: Program, front_end: str) -> Verdict:
     """
     program = live(program) if front_end in ("aot_eager", "inductor") else program
     verdict = _check(program, front_end, with_dropfx=True)
-    if verdict.wrong and front_end != "compile":
-        alone = _check(program, front_end, with_dropfx=False)
-        if alone.wrong:
-            verdict.kind = "pytorch"
+    if verdict.wrong and front_end != "compile" and _check(program, front_end, with_dropfx=False).wrong:
+        verdict.kind = "pytorch"
     return verdict
 
 
