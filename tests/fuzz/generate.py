@@ -60,7 +60,7 @@ class Maker:
     def module(self, kind: str, text: str) -> str:
         name = f"{kind}{len(self.setup)}"
         self.add(f"self.{name} = {text}")
-        getattr(self.model, name).double()
+        self.model.double()
         return f"self.{name}"
 
     def state(self, text: str, target: str, source: str, rule: str) -> bool:
@@ -88,9 +88,9 @@ class Maker:
             text = production.text.format_map(Fields(self, value))
         except LookupError:
             return False
-        if "@" not in text:
-            text += f"\n@ = {value}"
-        if self.state(text.replace("@ =", f"{target} =").replace("@", target), target, value, production.name):
+        if "$" not in text:
+            text += f"\n$ = {value}"
+        if self.state(text.replace("$", target), target, value, production.name):
             return True
         del self.setup[made:]
         return False
