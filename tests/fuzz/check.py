@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +32,12 @@ NO_SECOND_ORDER = ("does not currently support double backward", "which requires
 
 @dataclasses.dataclass
 class Verdict:
-    """Of one program: "same", "different", "raises" (dropfx alone), "silent" (PyTorch alone), "pytorch" (the fault is
-    of PyTorch's own compiler); and how many of its steps were compared, and how many sites recorded.
+    """Of one program: whether both agree, how many of its steps were compared, and how many sites recorded.
+
+    Attributes:
+        kind: "same", "different", "raises" (dropfx alone), "silent" (PyTorch alone); "pytorch", where PyTorch's own
+            compiler fails alike; "dead draws", where what nobody reads was not drawn, and what comes behind draws
+            other numbers for it.
     """
 
     kind: str = "same"
@@ -59,11 +64,20 @@ def check(program: Program, front_end: str) -> Verdict:
 
     AOTAutograd drops what nothing reads, with the numbers that it would have drawn: there only live code is run.
     """
-    program = live(program) if front_end in ("aot_eager", "inductor") else program
+    lively = live(program)
+    program = lively if front_end in ("aot_eager", "inductor") else program
     verdict = _check(program, front_end, with_dropfx=True)
     if verdict.wrong and front_end != "compile" and _check(program, front_end, with_dropfx=False).wrong:
         verdict.kind = "pytorch"
+    elif verdict.kind == "different" and _draws_in_vain(program) and not _check(lively, front_end, True).wrong:
+        verdict.kind = "dead draws"
     return verdict
+
+
+def _draws_in_vain(program: Program) -> bool:
+    """Whether a statement that nothing reads draws random numbers."""
+    dead = set(program.body) - set(live(program).body)
+    return any(re.search("drop|bernoulli|block|seq|rnn|layer", statement.text) for statement in dead)
 
 
 def _check(program: Program, front_end: str, with_dropfx: bool) -> Verdict:

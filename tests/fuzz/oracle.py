@@ -217,7 +217,7 @@ def differences(actual: Outcome, expected: Outcome, tolerance: float) -> list[st
         kind = name.split()[0]
         largest[kind] = max(largest.get(kind, 0.0), _size(value))
     for name in actual.keys() & expected.keys():
-        if line := _difference(actual[name], expected[name], tolerance, 1e-3 * largest[name.split()[0]]):
+        if line := _difference(actual[name], expected[name], tolerance, 1e-3 * max(1.0, largest[name.split()[0]])):
             lines.append(f"{name}: {line}")
     return sorted(lines)
 
