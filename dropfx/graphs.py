@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 
 _NAMESPACES = ("torch", "_operator", "torch.nn.functional", "torch._C._nn", "torch._VF", "torch.functional")
 
@@ -70,13 +71,19 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def impure(node: fx.Node) -> bool:
-    """A node that must stay though nobody reads it: module calls, random numbers, writes in place, what sets a mode."""
+    """A node that must stay though nobody reads it: module calls, random numbers, writes, what sets a mode."""
     if node.op in ("placeholder", "output", "call_module") or "effect" in node.meta or node.is_impure():
+        return True
+    if isinstance(node.target, HigherOrderOperator):  # the body of a checkpoint may do any of this
         return True
     name = op_name(node)
     if node.op != "get_attr" and not name:
         return not (callable(node.target) and getattr(node.target, "__module__", "").startswith(("torch", "dropfx")))
-    return writes_in_place(node) or name.startswith("rand") or "dropout" in name or name in ("bernoulli", "multinomial")
+    return writes_in_place(node) or name in _WITH_EFFECTS or name.startswith("rand") or "dropout" in name
+
+
+_WITH_EFFECTS = frozenset({"bernoulli", "multinomial", "batch_norm", "instance_norm"})
+"""What draws, or writes running statistics."""
 
 
 def writes_in_place(node: fx.Node) -> bool:

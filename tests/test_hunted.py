@@ -157,3 +157,54 @@ def test_tiles_of_a_part_called_twice_have_one_kind_of_name() -> None:
             model(torch.randn(4, 64))
         assert set(masks[0]) == expected
         dropfx.testing.assert_equivalent(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}, {"pattern": "tile"}], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_autocast_leaves_float64(inner: str, options: dict[str, Any]) -> None:
+    """As PyTorch's own products do: a gathered one gave bfloat16 in place of float64."""
+    torch._dynamo.reset()
+    model = Net(lambda m, x: m.b(m.d(F.relu(m.a(x))))).double()
+    compiled = torch.compile(model, backend="dropfx", options={"inner": inner, "min_speedup": 0, **options})
+    x = torch.randn(64, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(x)
+    assert out.dtype == torch.float64
+    out.sum().backward()
+    assert model.a.weight.grad is not None
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_statistics_of_a_normalisation_that_nobody_reads(inner: str) -> None:
+    """Its running statistics are written all the same: it went as dead code."""
+
+    class Normalised(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: (m.norm(m.a(x)), m.b(m.d(F.relu(m.a(x)))))[1])
+            self.norm = nn.BatchNorm1d(64)
+
+    torch._dynamo.reset()
+    model = Normalised()
+    compiled = torch.compile(model, backend="dropfx", options={"inner": inner, "min_speedup": 0})
+    compiled(torch.randn(8, 32))
+    assert model.norm.running_mean.abs().max() > 0
+
+
+def test_draws_in_a_checkpoint_that_nobody_reads() -> None:
+    """They are drawn all the same, as PyTorch's eager backend draws them: what comes behind draws from there."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        checkpoint(lambda y: F.dropout(y), x, use_reentrant=False)
+        return m.b(m.d(F.relu(m.a(x)))).sum() + F.dropout(x).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Net(forward), backend="dropfx", options={"inner": "eager", "min_speedup": 0})
+    x = torch.randn(8, 32)
+    torch.manual_seed(0)
+    with dropfx.runtime.numbers_of_their_own():
+        compiled(x)
+    after = torch.rand(4)
+    torch.manual_seed(0)
+    F.dropout(x)
+    F.dropout(x)
+    assert torch.equal(after, torch.rand(4))

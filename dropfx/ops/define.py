@@ -82,9 +82,14 @@ def autocast(name: str) -> None:
             """The op below autocast, with its operands in autocast's dtype of the moment."""
             dtype = torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*(a.to(dtype) if i in _OPERANDS and a is not None else a for i, a in enumerate(args)))
+                return op(*(_cast(a, dtype) if i in _OPERANDS else a for i, a in enumerate(args)))
 
         return kernel
 
     for device in ("cpu", "cuda"):
         _library.impl(name, kernel_for(device), f"Autocast{device.upper()}")
+
+
+def _cast(operand: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What PyTorch's own autocast makes of an operand: float64 stays."""
+    return operand if operand is None or operand.dtype is torch.float64 else operand.to(dtype)

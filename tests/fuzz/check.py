@@ -1,0 +1,177 @@
+"""Promise 2 for a program under one front end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo.config
+from torch import nn
+
+import dropfx
+from dropfx.errors import DoubleBackwardError
+from dropfx.runtime import numbers_of_their_own
+from tests.fuzz.minimise import live
+from tests.fuzz.oracle import Masks, Outcome, Raised, differences, finite, masked, merged, train_step
+from tests.fuzz.program import Program, Step, change
+
+FRONT_ENDS = ("compile", "eager", "aot_eager", "inductor")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+AUTOCAST = 0.15
+"""Of bfloat16 only gross faults show: a unit near the kink of a ReLU may fall on either side."""
+
+HOOKS_ARE_SEEN = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+"""Without it Dynamo misses hooks that are added after the first call."""
+NO_SECOND_ORDER = ("does not currently support double backward", "which requires create_graph=False")
+
+
+@dataclasses.dataclass
+class Verdict:
+    """Of one program: whether both agree, how many of its steps were compared, and how many sites recorded.
+
+    Attributes:
+        kind: "same", "different", "raises" (dropfx alone), "silent" (PyTorch alone); "pytorch", where PyTorch's own
+            compiler fails alike; "dead draws", where what nobody reads was not drawn, and what comes behind draws
+            other numbers for it.
+    """
+
+    kind: str = "same"
+    step: int = -1
+    lines: tuple[str, ...] = ()
+    compared: int = 0
+    sites: int = 0
+    raising: bool = False
+
+    @property
+    def wrong(self) -> bool:
+        return self.kind in ("different", "raises", "silent")
+
+
+def compiled_by(front_end: str, model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    given = {"min_speedup": 0, **options}
+    if front_end == "compile":
+        return dropfx.compile(model, **given)
+    return torch.compile(model, backend="dropfx", options={"inner": front_end, **given})
+
+
+def check(program: Program, front_end: str) -> Verdict:
+    """Run all steps; where they differ, ask whether PyTorch's compiler alone differs too.
+
+    AOTAutograd drops what nothing reads, with the numbers that it would have drawn: there only live code is run.
+    """
+    lively = live(program)
+    program = lively if front_end in ("aot_eager", "inductor") else program
+    verdict = _check(program, front_end, with_dropfx=True)
+    if verdict.wrong and front_end != "compile" and _check(program, front_end, with_dropfx=False).wrong:
+        verdict.kind = "pytorch"
+    elif verdict.kind == "different" and _draws_in_vain(program) and not _check(lively, front_end, True).wrong:
+        verdict.kind = "dead draws"
+    return verdict
+
+
+def _draws_in_vain(program: Program) -> bool:
+    """Whether a statement that nothing reads draws random numbers."""
+    dead = set(program.body) - set(live(program).body)
+    return any(re.search("drop|bernoulli|block|seq|rnn|layer", statement.text) for statement in dead)
+
+
+def _check(program: Program, front_end: str, with_dropfx: bool) -> Verdict:
+    options: dict[str, Any] = eval(f"dict({program.options})")
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), _fallback_random(front_end), HOOKS_ARE_SEEN:
+        warnings.simplefilter("ignore")
+        original, names = program.make()
+        model, own_names = program.make()
+        call = compiled_by(front_end, model, options) if with_dropfx else torch.compile(model, backend=front_end)
+        verdict = Verdict()
+        for number, step in enumerate(program.steps):
+            change(names, step.changes, number)
+            change(own_names, step.changes, number)
+            _step(program, step, number, (original, model, call), front_end, verdict)
+            if verdict.kind != "same":
+                verdict.step = number
+                break
+            _descend(model, original)
+    return verdict
+
+
+def _step(
+    program: Program,
+    step: Step,
+    number: int,
+    models: tuple[nn.Module, nn.Module, Callable[..., Any]],
+    front_end: str,
+    verdict: Verdict,
+) -> None:
+    original, model, call = models
+    dtype = next((p.dtype for p in model.parameters()), torch.float32 if program.half else torch.float64)
+    given, same = (program.inputs(step, number, dtype) for _ in range(2))
+    with dropfx.testing.record() as frames, numbers_of_their_own():
+        actual = train_step(call, model, given, _around(step), step.second_order, number)
+    masks = merged(frames)
+    if masks is None:
+        return
+    with masked(original, masks, front_end == "inductor", "'tile'" in program.options) as mode:
+        expected = train_step(original, original, same, _around(step), step.second_order, number)
+    verdict.raising |= isinstance(expected, Raised)
+    _judge(actual, expected, verdict, dtype, "autocast" in step.around + program.source())
+    if verdict.kind == "same" and isinstance(expected, dict):
+        verdict.compared += 1
+        verdict.sites += len(masks)
+        if mode.used != masks.keys():
+            verdict.kind, verdict.lines = "different", (f"no such sites: {sorted(masks.keys() - mode.used)}",)
+
+
+def _judge(actual: Outcome, expected: Outcome, verdict: Verdict, dtype: torch.dtype, autocast: bool) -> None:
+    if isinstance(expected, Raised):
+        # what autograd refuses for a write in place, a graph without writes computes
+        if not isinstance(actual, Raised):
+            if expected.stage == "forward":
+                verdict.kind, verdict.lines = "silent", (f"expected {expected.error!r}",)
+        elif not (isinstance(actual.error, (type(expected.error), RuntimeError))):
+            verdict.kind, verdict.lines = "raises", (f"{actual.error!r} instead of {expected.error!r}",)
+    elif isinstance(actual, Raised):
+        if not _accepted(actual.error):
+            verdict.kind, verdict.lines = "raises", (f"{actual.stage}: {type(actual.error).__name__}: {actual.error}",)
+    elif finite(expected):
+        tolerance = AUTOCAST if autocast and dtype is torch.float32 else TOLERANCE[dtype]
+        if lines := differences(actual, expected, tolerance):
+            verdict.kind, verdict.lines = "different", tuple(lines)
+
+
+def _accepted(error: Exception) -> bool:
+    """A second derivative of what has but a first, by name: dropfx's and AOTAutograd's."""
+    return isinstance(error, DoubleBackwardError) or any(text in str(error) for text in NO_SECOND_ORDER)
+
+
+def _around(step: Step) -> contextlib.AbstractContextManager[Any]:
+    made: contextlib.AbstractContextManager[Any] = eval(step.around or "contextlib.nullcontext()")
+    return made
+
+
+def _fallback_random(front_end: str) -> contextlib.AbstractContextManager[Any]:
+    """Inductor draws as PyTorch does."""
+    if front_end != "inductor":
+        return contextlib.nullcontext()
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(fallback_random=True)
+
+
+def _descend(model: nn.Module, original: nn.Module) -> None:
+    """A step of SGD; the original takes over the result, so that rounding does not add up."""
+    with torch.no_grad():
+        for parameter, same in zip(model.parameters(), original.parameters(), strict=True):
+            if parameter.grad is not None and torch.isfinite(parameter.grad).all():
+                parameter -= 0.01 * parameter.grad.clamp(-1, 1)
+            same.copy_(parameter)
+        for buffer, same in zip(model.buffers(), original.buffers(), strict=True):
+            same.copy_(buffer)
+
+
+__all__ = ["FRONT_ENDS", "Masks", "Verdict", "check"]
