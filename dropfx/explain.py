@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,26 +180,29 @@ def _report(trial: nn.Module, options: Options) -> Report:
     opaque: dict[str, str] = {}
     lowerings: dict[str, str] = {}
     dense = compact = 0
+    before: Counter[str] = Counter()
     for module in trial.modules():
         state = module.__dict__.get("_dropfx")
         if state is None or state.capture is None:
             continue
         opaque.update(state.capture.left)
-        for context in (c for graph in state.capture.graphs for variant in graph.variants for c in variant.contexts):
-            sites += [_row(site, options) for site in context.sites]
-            dense, compact = dense + context.flops_dense, compact + context.flops_compact
-            lowerings.update(context.lowerings)
+        for graph in state.capture.graphs:
+            for context in (c for variant in graph.variants for c in variant.contexts):
+                sites += [_row(site, site.call.behind(before).name, options) for site in context.sites]
+                dense, compact = dense + context.flops_dense, compact + context.flops_compact
+                lowerings.update(context.lowerings)
+            before.update(graph.calls)
     listed = {site.name for site in sites}
     sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
     return Report(sites, dense, compact, opaque, lowerings)
 
 
-def _row(site: Site, options: Options) -> SiteReport:
+def _row(site: Site, name: str, options: Options) -> SiteReport:
     drawn = site.rate
     if site.rewritten and site.realisation is not None:
         drawn = site.realisation.drawn_rate
     return SiteReport(
-        name=site.name,
+        name=name,
         rate=site.rate,
         drawn_rate=drawn,
         pattern=options.pattern.name if site.rewritten else "bernoulli",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,10 @@ class Call(NamedTuple):
         plain = ".".join(filter(None, (self.what, self.part)))
         return plain if self.number == 1 else f"{plain}#{self.number}"
 
+    def behind(self, calls: Mapping[str, int]) -> Call:
+        """The call, counted on from those that were made before its graph."""
+        return self._replace(number=calls.get(self.what, 0) + self.number)
+
 
 class Frame:
     """What one compiled forward records, graph by graph.
@@ -53,7 +57,7 @@ class Frame:
 
     def note(self, call: Call, mask: Tensor, suffix: str = "") -> None:
         """Record one site's multiplier; the suffix tells the multipliers of one call apart."""
-        self.masks[call._replace(number=self.calls[call.what] + call.number).name + suffix] = mask
+        self.masks[call.behind(self.calls).name + suffix] = mask
 
 
 class _Runtime(threading.local):

@@ -5,7 +5,6 @@ if __name__ == "passes":
 
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.drop_identities import drop_identities
-from dropfx.passes.drop_packed import drop_packed
 from dropfx.passes.expand_cats import expand_cats
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.expand_recurrent import expand_recurrent
@@ -42,7 +41,6 @@ PIPELINE = (
     functionalize,
     recognise_masks,
     recognise_row_masks,
-    drop_packed,
     expand_recurrent,
     expand_cells,
     lead_with_time,

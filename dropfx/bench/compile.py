@@ -124,7 +124,7 @@ def first_step(case: Case, name: str, inner: str) -> float:
     import torch._functorch.config
     import torch._inductor.config
 
-    from dropfx import backend  # noqa: F401
+    import dropfx.frontend.dynamo_backend  # noqa: F401
 
     built = case.make()
     with (

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch._dynamo import config, eval_frame, optimize
+from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import graph_break_reasons
@@ -36,7 +37,7 @@ RECOMPILE_LIMIT = 32
 _FIRST_RETRY, _RETRY_FACTOR = 4, 8
 """Calls until a forward that was not captured as a whole is tried again, and by what the next try is later."""
 
-_CONFIG = {
+_CONFIG: dict[str, Any] = {
     "allow_rnn": True,  # else nn.LSTM is no part of a graph
     "skip_nnmodule_hook_guards": False,  # hooks that are added or removed later are heard
     "optimize_ddp": False,  # backward is autograd's own, and overlaps as it does uncompiled
@@ -98,9 +99,7 @@ class Capture:
         with whole_calls if self._whole else contextlib.nullcontext():
             try:
                 if takes_packed(module, args):
-                    return run_packed(
-                        module, lambda layers, *given: self._run(layers, given, {}, True), *args, **kwargs
-                    )
+                    return run_packed(module, lambda *given: self._run(module, given, {}, True), *args, **kwargs)
                 return self._run(module, args, kwargs, False)
             except BaseException:
                 self._frames.failed.clear()  # it may be these inputs that could not be captured
@@ -134,8 +133,9 @@ class Capture:
             assert capture is not None
             return capture._captured(module, example_inputs)
 
-        context = optimize(backend, **_ISOLATED)
-        context.callback = frames = _Frames(context.callback, this)
+        context: Any = optimize(backend, **_ISOLATED)
+        frames = _Frames(getattr(context, "callback", None), this)  # TORCHDYNAMO_DISABLE leaves nothing to ask
+        context.callback = frames
         return context(forward), frames
 
     def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -189,13 +189,16 @@ class _Frames:
             ignored = config.ignore_logging_functions | _IGNORED
             with config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The .grad attribute")  # Dynamo's own look at an input
-                made = self._torchdynamo_orig_backend(frame, entry, state)
+                made: ConvertFrameReturn = self._torchdynamo_orig_backend(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
             self._fail(capture, frame, one_line(str(error)))
             return as_written
         self._captured[code] += made.guarded_code is not None
         for reason in graph_break_reasons[breaks:]:
             self._left(capture, frame, one_line(reason.reason))
+        if (made.skip_reason or "").startswith(_EMPTY):
+            self.failed.add(code)
+            return as_written
         if (made.skip_reason or "").startswith(_FAILED):
             self._fail(capture, frame, "PyTorch's compiler cannot capture it")
             return as_written
@@ -220,23 +223,25 @@ class _Frames:
         capture.limited = f"captured {RECOMPILE_LIMIT} times, and what it reads still changes"
         capture.left[path or ""] = capture.limited
         name = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_code.co_firstlineno})"
+        cause = _cause(frame, entry, innermost_backend(self._torchdynamo_orig_backend))
         warnings.warn(
-            f"dropfx.compile: {name} was {capture.limited}{_cause(frame, entry)}. Where no captured graph holds it "
+            f"dropfx.compile: {name} was {capture.limited}{cause}. Where no captured graph holds it "
             "runs as written from now on. Make what changes a tensor, or raise dropfx.frontend.capture.RECOMPILE_LIMIT",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
+_EMPTY = "Dynamo decided to skip"
 _FAILED = ("an error was suppressed", "compilation failed")
 
 
-def _cause(frame: Any, entry: Any) -> str:
+def _cause(frame: Any, entry: Any, backend: Any) -> str:
     """Which guard did not hold."""
     try:
         from torch._dynamo.guards import get_and_maybe_log_recompilation_reasons
 
-        reasons = get_and_maybe_log_recompilation_reasons(entry, frame, skip_logging=True)
+        reasons: Any = get_and_maybe_log_recompilation_reasons([entry], frame, backend, skip_logging=True)
     except Exception:
         return ""
     return f" ({reasons[0].strip()})" if reasons else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class CapturedGraph:
         self._plain = None if self._naming.drops else self._run(module)
         self.variants: list[Variant] = [] if self._plain else [self._rewrite(self._rates.hints())]
 
+    @property
+    def calls(self) -> Counter[str]:
+        """How often the graph calls what drops in it."""
+        return self._naming.calls
+
     def __call__(self, *args: Any) -> Sequence[Any]:
         """One call: draws, then the rewritten graph; as written where dropfx is disabled."""
         if self._plain is not None:
@@ -80,7 +86,7 @@ class CapturedGraph:
             outputs = variant.run(*args, *variant.inputs(drawn))
             if runtime.frame is not None:
                 variant.record(drawn, outputs[self._results :])
-                runtime.frame.calls.update(self._naming.calls)
+                runtime.frame.calls.update(self.calls)
         return outputs[: self._results]
 
     def _variant(self, rates: tuple[float, ...]) -> Variant:

@@ -44,7 +44,7 @@ class Tracer(fx.Tracer):
         flags = {path: module.training for path, module in modules.items()}
         try:
             for path, module in modules.items():
-                module.training = _Flag(module.training, f"{path}.training".lstrip("."))  # type: ignore[assignment]
+                module.training = _Flag(module.training, f"{path}.training".lstrip("."))
             return super().trace(root, concrete_args)
         finally:
             for path, module in modules.items():

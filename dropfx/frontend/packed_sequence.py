@@ -51,7 +51,9 @@ def run_packed(module: Any, run: Callable[..., Any], packed: PackedSequence, hx:
 
 def packed_layers(module: Any, data: Tensor, batch_sizes: Tensor, states: list[Tensor]) -> Any:
     """Output and last states of all layers: the one call that PyTorch's forward comes down to."""
-    kind = {"RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "LSTM": torch.lstm, "GRU": torch.gru}[module.mode]
+    kind: Any = {"RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "LSTM": torch.lstm, "GRU": torch.gru}[
+        module.mode
+    ]
     options = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
     return kind(data, batch_sizes, states if module.mode == "LSTM" else states[0], module._flat_weights, *options)
 

@@ -79,5 +79,5 @@ def rate_of(node: fx.Node) -> Any:
 
 
 def _hint(node: fx.Node) -> float:
-    value = node.meta.get("example_value")
+    value: Any = node.meta.get("example_value")
     return float(value.node.hint if isinstance(value, torch.SymFloat) else value)
