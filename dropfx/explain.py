@@ -180,18 +180,16 @@ def _report(trial: nn.Module, options: Options) -> Report:
     opaque: dict[str, str] = {}
     lowerings: dict[str, str] = {}
     dense = compact = 0
+    captures = [s.capture for m in trial.modules() if (s := m.__dict__.get("_dropfx")) is not None and s.capture]
+    for capture in captures:
+        opaque.update(capture.left)
     before: Counter[str] = Counter()
-    for module in trial.modules():
-        state = module.__dict__.get("_dropfx")
-        if state is None or state.capture is None:
-            continue
-        opaque.update(state.capture.left)
-        for graph in state.capture.graphs:
-            for context in (c for variant in graph.variants for c in variant.contexts):
-                sites += [_row(site, site.call.behind(before).name, options) for site in context.sites]
-                dense, compact = dense + context.flops_dense, compact + context.flops_compact
-                lowerings.update(context.lowerings)
-            before.update(graph.calls)
+    for graph in sorted((graph for capture in captures for graph in capture.graphs), key=lambda graph: graph.number):
+        for context in (c for variant in graph.variants for c in variant.contexts):
+            sites += [_row(site, site.call.behind(before).name, options) for site in context.sites]
+            dense, compact = dense + context.flops_dense, compact + context.flops_compact
+            lowerings.update(context.lowerings)
+        before.update(graph.calls)
     listed = {site.name for site in sites}
     sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
     return Report(sites, dense, compact, opaque, lowerings)

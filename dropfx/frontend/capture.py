@@ -95,19 +95,22 @@ class Capture:
         if self.left:
             self._calls += 1
             if self._calls > self._retry:
+                self._retry *= _RETRY_FACTOR
                 self._start_anew()
+        asked = self._frames.asked
         with whole_calls if self._whole else contextlib.nullcontext():
             try:
                 if takes_packed(module, args):
                     return run_packed(module, lambda *given: self._run(module, given, {}, True), *args, **kwargs)
                 return self._run(module, args, kwargs, False)
             except BaseException:
-                self._frames.failed.clear()  # it may be these inputs that could not be captured
+                if self._frames.asked != asked:  # what was captured of these inputs must not serve others
+                    self._start_anew()
                 raise
 
     def _start_anew(self) -> None:
         """Forget all graphs: what ended one may have gone."""
-        self._calls, self._retry = 0, self._retry * _RETRY_FACTOR
+        self._calls = 0
         self.graphs.clear()
         self.left.clear()
         self._run, self._frames = self._optimized()
@@ -168,6 +171,7 @@ class _Frames:
 
     Attributes:
         failed: functions that cannot be captured.
+        asked: how often Dynamo was asked to capture one.
     """
 
     def __init__(self, convert: Any, capture: weakref.ref[Capture]) -> None:
@@ -175,6 +179,7 @@ class _Frames:
         self._capture = capture
         self._captured: Counter[types.CodeType] = Counter()
         self.failed: set[types.CodeType] = set()
+        self.asked = 0
 
     def __call__(self, frame: Any, entry: Any, state: Any) -> ConvertFrameReturn:
         code, capture = frame.f_code, self._capture()
@@ -184,6 +189,7 @@ class _Frames:
         if self._captured[code] >= RECOMPILE_LIMIT:
             self._warn(capture, frame, entry)
             return as_written
+        self.asked += 1
         breaks = len(graph_break_reasons)
         try:
             ignored = config.ignore_logging_functions | _IGNORED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from dropfx.patterns import PatternRefused, Realisation
 from dropfx.runtime import runtime, shared
 from dropfx.site_draws import SiteDraws
 
+_numbers = itertools.count()
 Runs = Callable[..., Sequence[Any]]
 _VARIANTS = 4
 """Kept for a graph, one for each combination of rates that are off, on and all; the least recently used goes first."""
@@ -41,6 +43,7 @@ class CapturedGraph:
 
     Attributes:
         failed: why a pass failed, "" where none did.
+        number: of the graphs that this process has captured.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class CapturedGraph:
         paths: dict[int, str] | None = None,
         root: str = "",
     ) -> None:
-        self.failed = ""
+        self.failed, self.number = "", next(_numbers)
         for part in _parts(module):
             unfold(part.graph)
             part.recompile()
