@@ -20,6 +20,8 @@ from typing import Any
 from torch import fx, nn
 from torch._dynamo import config, eval_frame, optimize
 from torch._dynamo.eval_frame import innermost_backend
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import graph_break_reasons
@@ -32,7 +34,7 @@ from dropfx.frontend.whole_calls import whole_calls
 from dropfx.pass_infra import Options
 
 RECOMPILE_LIMIT = 32
-"""Graphs that are captured of one function of a model; what then fits none of them runs as written."""
+"""Graphs that are captured of one function of a module; what then fits none of them runs as written."""
 
 _FIRST_RETRY, _RETRY_FACTOR = 4, 8
 """Calls until a forward that was not captured as a whole is tried again, and by what the next try is later."""
@@ -143,7 +145,12 @@ class Capture:
 
     def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         root, frame = self._root(), InstructionTranslator.current_tx().output.root_tx
-        path = self.path_of(_self_of(frame.f_code, frame.f_locals)) or ""
+        owner = _self_of(frame.f_code, frame.f_locals)
+        path = self.path_of(owner) or ""
+        if owner is not None and owner is not root and frame.f_code.co_name != self._name:
+            # else blocks that are alike would share a graph, and its sites the names of the first block's
+            name = next(name for name, value in frame.f_locals.items() if value is owner)
+            install_guard(LocalSource(name, is_input=True).make_guard(GuardBuilder.ID_MATCH))
         if root is not None and tensor_parallel(root):
             self.left[""] = TENSOR_PARALLEL
             return module.forward
@@ -177,7 +184,7 @@ class _Frames:
     def __init__(self, convert: Any, capture: weakref.ref[Capture]) -> None:
         self._torchdynamo_orig_backend = convert  # by this name Dynamo tells backends apart
         self._capture = capture
-        self._captured: Counter[types.CodeType] = Counter()
+        self._captured: Counter[tuple[types.CodeType, int]] = Counter()
         self.failed: set[types.CodeType] = set()
         self.asked = 0
 
@@ -186,7 +193,8 @@ class _Frames:
         as_written = ConvertFrameReturn(apply_to_code=False)
         if capture is None or code in self.failed:
             return as_written
-        if self._captured[code] >= RECOMPILE_LIMIT:
+        of_one = code, id(_self_of(code, frame.f_locals))
+        if self._captured[of_one] >= RECOMPILE_LIMIT:
             self._warn(capture, frame, entry)
             return as_written
         self.asked += 1
@@ -199,7 +207,7 @@ class _Frames:
         except Exception as error:  # one of the model's own is raised again as it runs as written
             self._fail(capture, frame, one_line(str(error)))
             return as_written
-        self._captured[code] += made.guarded_code is not None
+        self._captured[of_one] += made.guarded_code is not None
         for reason in graph_break_reasons[breaks:]:
             self._left(capture, frame, one_line(reason.reason))
         if (made.skip_reason or "").startswith(_EMPTY):

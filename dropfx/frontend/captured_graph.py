@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections import Counter
@@ -84,7 +85,7 @@ class CapturedGraph:
         if active_fake_mode() is not None:
             # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
             return variant.run(*args, *variant.examples)[: self._results]
-        with runtime.outermost():
+        with runtime.outermost() if variant.drops else contextlib.nullcontext():
             drawn = variant.draw()
             outputs = variant.run(*args, *variant.inputs(drawn))
             if runtime.frame is not None:
@@ -154,6 +155,7 @@ class Variant:
         contexts: of its parts.
         run: (inputs of the captured graph, draws) -> its results, then lengths of leading axes.
         examples: of the draws.
+        drops: there are draws.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class Variant:
     ) -> None:
         self.contexts = [part.context for part in parts]
         self.run, self.examples = run, examples
+        self.drops = any(context.draws for context in self.contexts)
         self._inputs = [(number, *place) for number, part in enumerate(parts) for place in part.inputs]
         self._rows = [part.rows for part in parts]
         self._options, self._rates = options, rates

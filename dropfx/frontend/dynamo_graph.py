@@ -85,18 +85,13 @@ def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
 def _spell_out_rates(captured: fx.Graph, graph: fx.Graph) -> None:
     """bernoulli_(x, 1 - p) -> bernoulli_(x, .5): of a mask made by hand Dynamo guards on the numbers."""
     nodes = list(zip(captured.nodes, list(graph.nodes), strict=False))
-    symbols = {source: value for source, _ in nodes if isinstance(value := source.meta.get("example_value"), SymFloat)}
-    for source, _ in nodes:
-        for operand in source.all_input_nodes if op_name(source) in BERNOULLI else []:
-            if operand in symbols:
-                float(symbols[operand])
+    numbers = {source: value for source, _ in nodes if isinstance(value := source.meta.get("example_value"), SymFloat)}
+    drawn = (operand for source, _ in nodes if op_name(source) in BERNOULLI for operand in source.all_input_nodes)
+    fixed = {symbol for operand in drawn if operand in numbers for symbol in numbers[operand].node.expr.free_symbols}
     for source, node in nodes:
-        if source in symbols and node.users:
-            symbol = symbols[source].node
-            known = symbol.shape_env.replace(symbol.expr)
-            if known.is_number:
-                for user in list(node.users):
-                    put_in_place(user, node, float(known))
+        if source in numbers and fixed.issuperset(numbers[source].node.expr.free_symbols):
+            for user in list(node.users):
+                put_in_place(user, node, float(numbers[source]))
 
 
 def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:

@@ -52,14 +52,14 @@ class Asked(NamedTuple):
         naming: of its sites.
         live: the rates that may change.
         eager: it runs as Python code, not through a further compiler.
-        passes: the pipeline.
+        passes: in place of the pipeline.
     """
 
     options: Options
     naming: Naming
     live: Live
     eager: bool
-    passes: Sequence[Pass] = PIPELINE
+    passes: Sequence[Pass] | None = None
 
 
 def rewrite(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
@@ -73,7 +73,7 @@ def rewrite(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[
     graph = copy_of(module.graph)  # in the original Dynamo's own notes on the inputs would be lost
     prepare(module.graph, graph, asked.naming, asked.live, asked.options.groups == "time")
     context = _context(graph, asked)
-    graph = run_passes(module, graph, asked.passes, context)
+    graph = run_passes(module, graph, PIPELINE if asked.passes is None else asked.passes, context)
     parts = [_bind(module, graph, context, asked)] if context.sites else []
     whole = fx.GraphModule(module, graph)
     for node, body in checkpoints(module, graph):

@@ -27,7 +27,7 @@ class Normed(nn.Module):
         self.batch, self.head = nn.BatchNorm1d(48), nn.Linear(48, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.batch(x + self.drop(self.net(self.norm(x)))))
+        return self.head(x + self.drop(self.net(self.norm(self.batch(x)))))
 
 
 def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -187,6 +187,24 @@ def test_block_called_twice_across_breaks_is_named_by_its_calls() -> None:
     dropfx.testing.assert_equivalent(original, rows(3), options=ALL)
 
 
+def test_blocks_that_are_alike_have_graphs_of_their_own() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(64, 128, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return x + self.net(x)
+
+    model = nn.Sequential(Block(), Block(), Block())
+    sites = {f"{block}.net.2" for block in range(3)}
+    original, compiled = pair(model)
+    for batch in (3, 4):
+        assert set(check_step(original, compiled, (rows(batch),), dtype=torch.float64, seed=batch)) == sites
+    assert [site.name for site in dropfx.explain(model, rows(3), options=ALL).sites] == sorted(sites)
+
+
 def test_wrong_input_raises_what_pytorch_raises_and_the_model_works_on() -> None:
     original, compiled = pair(mlp(64, 128, 8))
     check_step(original, compiled, (rows(3),), dtype=torch.float64)
