@@ -145,7 +145,7 @@ def with_hooks() -> nn.Module:
     return model
 
 
-@case("lstm_parametrized", steps(), rewritten=("drop2",), left=("rnn.dropout[0]",), optional=("drop1",))
+@case("lstm_parametrized", steps(), rewritten=ALL)
 def parametrized() -> nn.Module:
     model = Around(LSTM())
     parametrizations.weight_norm(model.rnn, "weight_hh_l0")
@@ -186,9 +186,7 @@ around(
     "lstm_own_method",
     lambda: OwnHidden(64, 64, 2, dropout=0.5),
     steps(2, 2),
-    rewritten=("drop2",),
-    left=("rnn.dropout[0]",),
-    optional=("drop1",),
+    rewritten=ALL,
 )
 
 
@@ -356,6 +354,6 @@ def with_hooks_inside() -> nn.Module:
 
 
 _LEFT = {"rewritten": ("drop2",), "left": ("rnn:dropout_1",), "optional": ("drop1",)}
-wrapped("weight_drop_read_before", lambda: ReadsBefore(nn.LSTM(64, 64)), **_LEFT)
+wrapped("weight_drop_read_before", lambda: ReadsBefore(nn.LSTM(64, 64)), _TWO[0])
 wrapped("weight_drop_of_linear", OfLinear, **_LEFT)
-wrapped("weight_drop_hooks", with_hooks_inside, **_LEFT)
+wrapped("weight_drop_hooks", with_hooks_inside, _TWO[0])

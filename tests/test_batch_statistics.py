@@ -67,7 +67,7 @@ OF_SEQUENCES: dict[str, Forward] = {
 OTHER_STATISTICS: dict[str, tuple[Forward, str]] = {
     "standardised": (standardised, "std"),
     "by_inverse_root": (by_inverse_root, "rsqrt"),
-    "by_root": (by_root, "truediv"),
+    "by_root": (by_root, "div"),
     "var": (lambda m, x: dropped(m, x).var(0).sum(), "var"),
     "var_mean": (lambda m, x: torch.var_mean(dropped(m, x), dim=0)[0], "var_mean"),
     "normalised": (lambda m, x: F.normalize(dropped(m, x), dim=0), "normalize"),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dropfx
+from dropfx.runtime import numbers_of_their_own
 from tests.case import check_step, pair, recording
 from tests.models import CASES
 
@@ -94,7 +95,7 @@ def check_wrapped(original: nn.Module, compiled: nn.Module, parallel: nn.Module,
     want = {name: parameter.grad.clone() for name, parameter in compiled.named_parameters()}
     compiled.zero_grad()
     torch.manual_seed(1)
-    with recording() as masks:
+    with recording() as masks, numbers_of_their_own():
         y = parallel(x)
     assert set(masks) == {"2", "5"}
     generator = torch.Generator().manual_seed(0)

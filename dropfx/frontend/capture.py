@@ -41,6 +41,7 @@ _FIRST_RETRY, _RETRY_FACTOR = 4, 8
 
 _CONFIG: dict[str, Any] = {
     "allow_rnn": True,  # else nn.LSTM is no part of a graph
+    "allow_unspec_int_on_nn_module": True,  # a counter of the forward is an input from its first change on
     "skip_nnmodule_hook_guards": False,  # hooks that are added or removed later are heard
     "optimize_ddp": False,  # backward is autograd's own, and overlaps as it does uncompiled
     "assume_static_by_default": True,

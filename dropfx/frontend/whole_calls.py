@@ -25,8 +25,9 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, of which only the kind of its result is asked: that no rate changes."""
         fixed = {name: _fixed(value) for name, value in kwargs.items()}
         given = tuple(map(_fixed, args))
-        packed = function in RECURRENT_FUNCTIONS and isinstance(given[3], (list, tuple))
-        return _like_packed(*given) if packed else function(*given, **fixed)
+        if function not in RECURRENT_FUNCTIONS:
+            return function(*given, **fixed)
+        return _like_packed(*given) if isinstance(given[3], (list, tuple)) else _like_layers(function, *given)
 
     made: Callable[..., Any] = allow_in_graph(whole)
     return made
@@ -38,6 +39,21 @@ def _like_packed(data: Tensor, batch_sizes: Tensor, hx: Any, weights: Any, *opti
     gradients = sum(weight.flatten()[0] for weight in weights) * 0  # the results ask for one where the weights do
     width = states[0].size(2) * (2 if options[-1] else 1)
     return data.new_empty(data.size(0), width) + gradients, *(torch.empty_like(state) + gradients for state in states)
+
+
+def _like_layers(function: Any, x: Tensor, hx: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
+    """What a recurrent function returns: it would walk the steps, and with that count them."""
+    states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+    small = x.new_zeros(2, 2, x.size(2)).requires_grad_(x.requires_grad)
+    firsts = [h.new_zeros(h.size(0), 2, h.size(2)).requires_grad_(h.requires_grad) for h in states]
+    out, *last = function(small, firsts if isinstance(hx, (list, tuple)) else firsts[0], weights, *options)
+    first, second = x.shape[:2]
+    if out.is_contiguous():
+        whole = out[:1, :1].expand(first, second, -1).clone()
+    else:  # the batch is first in the model, and second in memory
+        whole = out[:1, :1].expand(second, first, -1).clone().transpose(0, 1)
+    batch = first if options[-1] else second
+    return whole, *(state[:, :1].expand(-1, batch, -1).clone() for state in last)
 
 
 def _fixed(value: Any) -> Any:
@@ -55,6 +71,8 @@ class _WholeCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_dynamo_compiling() and func in WHOLE:
             return WHOLE[func](*args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # its call of super() can be followed from a method alone (PyTorch 2.13)
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -73,3 +91,9 @@ def unfold(graph: fx.Graph) -> None:
             node.target = FUNCTIONS[node.target]
         elif node.target is Variable and not node.kwargs.get("requires_grad") and len(node.args) == 1:
             node.op, node.target, node.kwargs = "call_method", "detach", {}
+        elif node.op == "call_function" and _is_method(node.target):  # Tensor.split(x, 2), as the mode calls it
+            node.op, node.target = "call_method", node.target.__name__  # type: ignore[union-attr]
+
+
+def _is_method(function: Any) -> bool:
+    return getattr(Tensor, getattr(function, "__name__", ""), None) is function

@@ -292,6 +292,20 @@ def test_counter_in_the_forward() -> None:
     assert original.number == compiled.number
 
 
+def test_whole_number_that_counts_the_steps() -> None:
+    def body(net: Net, h: Tensor) -> Tensor:
+        net.steps = getattr(net, "steps", 0) + 1
+        return h / net.steps
+
+    original, compiled = models(body)
+    compiled = dropfx.compile(compiled, min_speedup=0)
+    x = torch.randn(6, WIDTH, dtype=torch.float64)
+    for step in range(12):
+        assert set(check_step(original, compiled, (x,), dtype=torch.float64, seed=step)) == {"drop"}
+    assert original.steps == compiled.steps
+    assert len(compiled._dropfx.capture.graphs) <= 4
+
+
 def test_value_that_the_first_forward_caches() -> None:
     def body(net: Net, h: Tensor) -> Tensor:
         if net.nothing is None:
