@@ -82,9 +82,7 @@ def nested_with_hook(path: str, hook: str) -> nn.Module:
 
 for place, (path, rewritten, optional) in PLACES.items():
     for hook in HOOKS:
-        if (
-            place == "leaf" and "backward" in hook
-        ):  # which ends the graph, and the rest of `body` runs as written
+        if place == "leaf" and "backward" in hook:  # which ends the graph, and the rest of `body` runs as written
             rewritten, optional = PLACES["container"][1:]
         add = case(f"hook_{hook}_{place}", rewritten=rewritten, optional=optional, state=calls)
         add(lambda path=path, hook=hook: nested_with_hook(path, hook))

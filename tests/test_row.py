@@ -39,7 +39,7 @@ def test_period_varies_without_another_trace() -> None:
         with recording() as masks:
             model(torch.randn(batch, 64)).sum().backward()
         counts.add(int((masks["2"] != 0).sum()))
-    assert shared.rewritten == before
+    assert shared.rewritten <= before + 1  # the batch size is an input from its first change on
     assert counts == {128, 64, 43, 42}  # periods 1, 2 and 3, the last by two biases
 
 
@@ -64,7 +64,7 @@ def test_rate_schedule_searches_anew_without_another_trace() -> None:
         with recording() as masks:
             model(torch.randn(4, 64))
         torch.testing.assert_close(float(masks["2"].max()), 1 / (1 - p), rtol=1e-6, atol=0)
-    assert shared.rewritten == before
+    assert shared.rewritten <= before + 1  # the rate is an input from its first change on
 
 
 def test_few_units_are_refused_with_a_reason() -> None:
