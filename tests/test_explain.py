@@ -103,7 +103,7 @@ def test_reasons_of_refusals(name: str, site: str, words: str) -> None:
     assert any(word in found.reason.lower() for word in words.split("|")), found.reason
 
 
-@pytest.mark.parametrize(("name", "words"), [("random_branch", "branch"), ("data_branch", "branch")])
+@pytest.mark.parametrize(("name", "words"), [("random_branch", "random"), ("data_branch", "branch")])
 def test_what_ends_a_graph_is_named(name: str, words: str) -> None:
     """A dropout before a branch on data has no Linear in its graph; the report says what ended that."""
     case = CASES[name]

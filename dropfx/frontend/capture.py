@@ -57,6 +57,9 @@ _CONFIG: dict[str, Any] = {
 _IGNORED = {warnings.simplefilter, warnings.filterwarnings}
 """What would end a graph, and changes nothing that a graph computes."""
 
+_SAID_BY_EXPLAIN = ("Dynamo does not know how to trace", "The .grad attribute")
+"""Warnings of Dynamo's while it captures: why it ends a graph, and of its own look at an input's gradient."""
+
 _numbers = itertools.count(1)
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(eval_frame._optimize).parameters else {}
@@ -203,7 +206,8 @@ class _Frames:
         try:
             ignored = config.ignore_logging_functions | _IGNORED
             with config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The .grad attribute")  # Dynamo's own look at an input
+                for message in _SAID_BY_EXPLAIN:
+                    warnings.filterwarnings("ignore", message)
                 made: ConvertFrameReturn = self._torchdynamo_orig_backend(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
             self._fail(capture, frame, one_line(str(error)))
