@@ -84,7 +84,7 @@ def case(
     precision: torch.dtype | None = None,
     state: Callable[[nn.Module], Any] = lambda model: None,
     input_grad: bool = True,
-    batches: tuple[int, ...] = (4, 4, 3),
+    batches: tuple[int, ...] = (4, 3),
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Put the decorated factory (a function or a class without arguments) into the catalogue."""
 

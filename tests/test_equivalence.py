@@ -57,13 +57,13 @@ def test_catalogue(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", every(list(CASES), 5))
+@pytest.mark.parametrize("name", every(list(CASES), 15))
 def test_catalogue_slice(name: str) -> None:
     check_case(CASES[name], torch.float64, pattern="slice")
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", every(ONE_OF_EACH, 7))
+@pytest.mark.parametrize("name", every(ONE_OF_EACH, 14))
 def test_catalogue_single_precision(name: str) -> None:
     check_case(CASES[name], torch.float32)
 

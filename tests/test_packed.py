@@ -13,7 +13,6 @@ from dropfx.testing import assert_equivalent, record
 
 UNITS = 64
 OPTIONS = {"min_speedup": 0}
-LAYERS = [nn.LSTM, nn.GRU, nn.RNN]
 
 
 class Reader(nn.Module):
@@ -50,10 +49,17 @@ def packed(*lengths: int) -> PackedSequence:
     return pack_padded_sequence(torch.randn(max(lengths), len(lengths), UNITS), torch.tensor(lengths))
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "bidirectional", "batch_first", "in_order"),
+    [  # each pair of values of two of them meets
+        (nn.LSTM, False, False, True),
+        (nn.LSTM, True, True, False),
+        (nn.GRU, False, True, False),
+        (nn.GRU, True, False, True),
+        (nn.RNN, False, True, True),
+        (nn.RNN, True, False, False),
+    ],
+)
 def test_exact_given_the_draw(kind: type[nn.RNNBase], bidirectional: bool, batch_first: bool, in_order: bool) -> None:
     model = Reader(kind, bidirectional, batch_first, in_order).double()
     x, lengths = sequences(batch_first), torch.tensor([6, 4, 4, 1] if in_order else [3, 6, 1, 4])

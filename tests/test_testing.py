@@ -113,7 +113,7 @@ def test_recorded_masks_are_not_overwritten(model: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs", "ignore:.*no dropout")
-@pytest.mark.parametrize("name", every(ONE_OF_EACH, 6))
+@pytest.mark.parametrize("name", every(ONE_OF_EACH, 12))
 def test_catalogue_is_equivalent(name: str) -> None:
     case = CASES[name]
     args, kwargs = case.call(4, torch.float64)
