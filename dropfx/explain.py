@@ -149,7 +149,7 @@ def explain(
         opaque = {"": TENSOR_PARALLEL}
         return Report(_unreached(model, opaque), 0, 0, opaque)
     trial = training_copy(model)
-    swap(trial, state := State(checked))
+    swap(trial, state := State(checked, quiet=True))
     if not has_forward(model):
         state.adopt_parts(trial)
     args, named = copy_inputs((inputs, kwargs or {}))

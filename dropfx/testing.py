@@ -77,7 +77,7 @@ def assert_equivalent(
     if tensor_parallel(model, (inputs, kwargs)):
         raise InvalidModel(f"model: nothing of it is compiled, there is nothing to compare: {TENSOR_PARALLEL}")
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
-    swap(compiled, State(checked))
+    swap(compiled, State(checked, quiet=True))
     with generators_kept():
         seed = torch.seed()
         with record() as masks, numbers_of_their_own():

@@ -70,6 +70,11 @@ class CapturedGraph:
         self.variants: list[Variant] = [] if self._plain else [self._rewrite(self._rates.hints())]
 
     @property
+    def drops(self) -> bool:
+        """Whether anything in it drops, or may be a mask."""
+        return self._naming.drops
+
+    @property
     def calls(self) -> Counter[str]:
         """How often the graph calls what drops in it."""
         return self._naming.calls

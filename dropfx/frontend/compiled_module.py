@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dropfx.errors import NoDropoutWarning
 from dropfx.frontend.packed_sequence import takes_packed
 from dropfx.pass_infra import Options
 from dropfx.runtime import runtime, shared
@@ -34,8 +35,9 @@ class State:
         prefix: path of the module in the compiled model, "" or ending in a dot.
     """
 
-    def __init__(self, options: Options, prefix: str = "", own: bool = True) -> None:
+    def __init__(self, options: Options, prefix: str = "", own: bool = True, quiet: bool = False) -> None:
         self.options, self.prefix, self.own = options, prefix, own
+        self._told = quiet or not own
         self.capture: Capture | None = None
         self._watch: Any = None
         self._modules: list[nn.Module] | None = None
@@ -68,7 +70,13 @@ class State:
 
             self.capture = Capture(module, self.options, self.prefix, self._hand_on)
         with runtime.outermost():
-            return self.capture(module, args, kwargs)
+            result = self.capture(module, args, kwargs)
+        if not self._told:
+            self._told = True
+            graphs = self.capture.graphs
+            if graphs and not self.capture.left and not any(graph.drops for graph in graphs):
+                warnings.warn(NOTHING_DROPS, NoDropoutWarning, stacklevel=5)
+        return result
 
     def _drops(self, module: nn.Module) -> bool:
         """Whether anything may drop: the module or any part of it is in training mode."""
@@ -89,13 +97,9 @@ class State:
     # -- parts that are compiled on their own ------------------------------------------------------------------------
 
     def _hand_on(self, module: nn.Module, path: str) -> None:
-        """The forward of a part runs as written, or some of it: compile its parts of PyTorch's own, in case they do.
-
-        Parts with code of the user's are captured within it.
-        """
+        """The forward of a part runs as written, or some of it: its parts may be called outside of graphs."""
         for name, child in _parts(module):
-            if not _user_code(child):
-                self.adopt(child, f"{path}.{name}." if path else f"{name}.")
+            self.adopt(child, f"{path}.{name}." if path else f"{name}.")
 
     def adopt_parts(self, module: nn.Module) -> list[str]:
         """Compile the parts of a module whose own forward is not called; their names."""

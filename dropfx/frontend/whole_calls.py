@@ -92,7 +92,7 @@ def unfold(graph: fx.Graph) -> None:
         elif node.target is Variable and not node.kwargs.get("requires_grad") and len(node.args) == 1:
             node.op, node.target, node.kwargs = "call_method", "detach", {}
         elif node.op == "call_function" and _is_method(node.target):  # Tensor.split(x, 2), as the mode calls it
-            node.op, node.target = "call_method", node.target.__name__  # type: ignore[union-attr]
+            node.op, node.target = "call_method", node.target.__name__
 
 
 def _is_method(function: Any) -> bool:

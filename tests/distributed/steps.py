@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests import comparison, oracle
@@ -134,6 +135,9 @@ def check_steps(
     seed: int = 0,
 ) -> None:
     """Micro-batches, each in its context, whose gradients add up."""
+    if leave_to_python(model):
+        original.drop.p = model.drop.p = 0.0
+        sites = sites - {"drop"}
     model.zero_grad()
     original.zero_grad()
     for number, context in enumerate(around):
@@ -148,6 +152,11 @@ def check_steps(
         assert x.grad is not None
         same({"output": y, "input": x_grad}, {"output": mine(expected.detach()), "input": mine(x.grad) * WORLD})
     same(gradients(model), gradients(original))
+
+
+def leave_to_python(model: nn.Module) -> bool:
+    """Whether Dynamo leaves the model's own forward to Python: it loops over sharded blocks, whose hooks end a graph."""
+    return any(isinstance(block, FSDPModule) for block in getattr(model, "blocks", ()))
 
 
 def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-10) -> None:
