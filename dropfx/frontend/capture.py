@@ -155,7 +155,7 @@ class Capture:
             # else blocks that are alike would share a graph, and its sites the names of the first block's
             name = next(name for name, value in frame.f_locals.items() if value is owner)
             install_guard(LocalSource(name, is_input=True).make_guard(GuardBuilder.ID_MATCH))
-        if root is not None and tensor_parallel(root):
+        if self.tensor_parallel:
             self.left[""] = TENSOR_PARALLEL
             return module.forward
         if None in results_of(module.graph):
@@ -167,6 +167,12 @@ class Capture:
             self.left[path] = made.failed
         self.graphs.append(made)
         return made
+
+    @property
+    def tensor_parallel(self) -> bool:
+        """Whether the model is one that is left alone with all its parts."""
+        root = self._root()
+        return root is not None and tensor_parallel(root)
 
     def path_of(self, module: Any) -> str | None:
         """Path in the model, None for what is no part of it."""
@@ -232,7 +238,7 @@ class _Frames:
         module = _self_of(frame.f_code, frame.f_locals)
         path = capture.path_of(module)
         capture.left.setdefault(path or "", reason)
-        if path is not None:
+        if path is not None and not capture.tensor_parallel:
             capture.hand_on(module, path)
 
     def _warn(self, capture: Capture, frame: Any, entry: Any) -> None:

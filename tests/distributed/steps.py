@@ -155,7 +155,7 @@ def check_steps(
 
 
 def leave_to_python(model: nn.Module) -> bool:
-    """Whether Dynamo leaves the model's own forward to Python: it loops over sharded blocks, whose hooks end a graph."""
+    """Whether Dynamo leaves the model's own forward to Python: hooks of the blocks end a graph within a loop."""
     return any(isinstance(block, FSDPModule) for block in getattr(model, "blocks", ()))
 
 
