@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,3 +420,13 @@ def test_memory_stays_flat_over_two_hundred_thousand_steps() -> None:
         if step % 20_000 == 0:
             seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert seen[-1] - seen[1] < 8 * 1024  # kilobytes
+
+
+def test_model_that_was_saved_before_the_front_end_was_a_folder() -> None:
+    """`torch.save` of a compiled 4-32-2 with pattern="slice" by an earlier version."""
+    model = torch.load(Path(__file__).parent / "data" / "compiled_0_1.pt", weights_only=False)
+    assert type(model).__name__ == "Sequential"
+    with recording() as masks:
+        model.train()(torch.randn(3, 4)).sum().backward()
+    assert set(masks) == {"2"}
+    assert model._dropfx.options.pattern.name == "slice"
