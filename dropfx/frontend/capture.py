@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import fx, nn
 from torch._dynamo import config, eval_frame, optimize
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import LocalSource
@@ -149,6 +150,7 @@ class Capture:
 
     def _captured(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         root, frame = self._root(), InstructionTranslator.current_tx().output.root_tx
+        self._paths = {}  # modules may have been replaced, and their ids given to others
         owner = _self_of(frame.f_code, frame.f_locals)
         path = self.path_of(owner) or ""
         if owner is not None and owner is not root and frame.f_code.co_name != self._name:
@@ -208,19 +210,14 @@ class _Frames:
             self._warn(capture, frame, entry)
             return as_written
         self.asked += 1
-        breaks = len(graph_break_reasons)
         try:
-            ignored = config.ignore_logging_functions | _IGNORED
-            with config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
-                for message in _SAID_BY_EXPLAIN:
-                    warnings.filterwarnings("ignore", message)
-                made: ConvertFrameReturn = self._torchdynamo_orig_backend(frame, entry, state)
+            made, reasons = self._convert(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
             self._fail(capture, frame, one_line(str(error)))
             return as_written
         self._captured[of_one] += made.guarded_code is not None
-        for reason in graph_break_reasons[breaks:]:
-            self._left(capture, frame, one_line(reason.reason))
+        for reason in reasons:
+            self._left(capture, frame, reason)
         if (made.skip_reason or "").startswith(_EMPTY):
             self.failed.add(code)
             return as_written
@@ -228,6 +225,17 @@ class _Frames:
             self._fail(capture, frame, "PyTorch's compiler cannot capture it")
             return as_written
         return made
+
+    def _convert(self, frame: Any, entry: Any, state: Any) -> tuple[ConvertFrameReturn, list[str]]:
+        """What Dynamo makes of a function, and why its graphs end."""
+        ignored = config.ignore_logging_functions | _IGNORED
+        # the lock is Dynamo's own: filters of warnings and the list of reasons are the process'
+        with compile_lock, config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
+            for message in _SAID_BY_EXPLAIN:
+                warnings.filterwarnings("ignore", message)
+            breaks = len(graph_break_reasons)
+            made: ConvertFrameReturn = self._torchdynamo_orig_backend(frame, entry, state)
+            return made, [one_line(reason.reason) for reason in graph_break_reasons[breaks:]]
 
     def _fail(self, capture: Capture, frame: Any, reason: str) -> None:
         self.failed.add(frame.f_code)
