@@ -44,6 +44,8 @@ def _like_packed(data: Tensor, batch_sizes: Tensor, hx: Any, weights: Any, *opti
 def _like_layers(function: Any, x: Tensor, hx: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
     """What a recurrent function returns: it would walk the steps, and with that count them."""
     states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+    if 0 in x.shape[:2]:  # which may be an error
+        return function(x, hx, weights, *options)  # type: ignore[no-any-return]
     small = x.new_zeros(2, 2, x.size(2)).requires_grad_(x.requires_grad)
     firsts = [h.new_zeros(h.size(0), 2, h.size(2)).requires_grad_(h.requires_grad) for h in states]
     out, *last = function(small, firsts if isinstance(hx, (list, tuple)) else firsts[0], weights, *options)
