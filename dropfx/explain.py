@@ -86,7 +86,9 @@ class Report:
                 f"({self.flop_ratio:.2f}x)"
             )
         lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
-        lines += [f"{path or 'the model'} runs as written: {reason}" for path, reason in self.opaque.items()]
+        lines += [
+            f"{path or 'the model'} runs as written, or a part of it: {reason}" for path, reason in self.opaque.items()
+        ]
         return out.getvalue() + "\n".join(lines)
 
     def _table(self) -> Table:
