@@ -170,7 +170,6 @@ def check_step(
         args,
         kwargs,
         seed=seed,
-        numbers_at=(),
         left_alone=left_alone.__contains__,
         input_grad=input_grad,
     )

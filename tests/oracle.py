@@ -83,8 +83,7 @@ class UnrecordedSite(AssertionError):
 class SitePaths:
     """Where a forward is: the module path, how often each module was called, the functional dropouts of each path."""
 
-    def __init__(self, root: nn.Module, numbers_at: tuple[str, ...]) -> None:
-        self.numbers_at = numbers_at
+    def __init__(self, root: nn.Module) -> None:
         self.paths = WeakIdKeyDictionary({module: path for path, module in root.named_modules()})
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls: Counter[str] = Counter()
@@ -95,8 +94,6 @@ class SitePaths:
     def enter(self, module: nn.Module, _args: Any) -> None:
         path = self.paths.get(module, "?")
         self.calls[path] += 1
-        if path in self.numbers_at:
-            consume_one_number()
         self.stack.append((path, module))
 
     def leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
@@ -200,13 +197,9 @@ def replaced_dropout(
     model: nn.Module,
     masks: Masks,
     left_alone: Callable[[str], bool] = lambda name: False,
-    numbers_at: tuple[str, ...] = (),
 ) -> Iterator[ReplaceDropout]:
-    """Forwards of `model` inside run with the recorded masks; checkpoints run plainly, without a second forward.
-
-    Each call of a module at a path of `numbers_at` takes one number from the generator first.
-    """
-    paths = SitePaths(model, numbers_at)
+    """Forwards of `model` inside run with the recorded masks; checkpoints run plainly, without a second forward."""
+    paths = SitePaths(model)
     handles = [
         register_module_forward_pre_hook(paths.enter),
         register_module_forward_hook(paths.leave, always_call=True),
@@ -276,29 +269,18 @@ def oracle_run(
     kwargs: dict[str, Any] | None = None,
     *,
     seed: int = 0,
-    numbers_at: tuple[str, ...] | None = None,
     left_alone: Callable[[str], bool] = lambda name: False,
     input_grad: bool = True,
 ) -> Outcome:
-    """What a compiled model must leave behind, given the draw.
-
-    `numbers_at`: where one number is taken from the generator, so that other random operations and the sites left alone
-    draw alike; by default at the root where any mask was recorded.
-    """
+    """What a compiled model must leave behind, given draws of numbers of their own: what else is random draws alike."""
     set_seed(seed)
-    if numbers_at is None:
-        numbers_at = ("",) if masks else ()
-    replaced = replaced_dropout(original, masks, left_alone, numbers_at)
+    replaced = replaced_dropout(original, masks, left_alone)
     return run(original, args, kwargs, around=replaced, input_grad=input_grad)
 
 
 def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-
-
-def consume_one_number() -> None:
-    torch.empty((), dtype=torch.int64).random_()
 
 
 def fresh(tree: Any, input_grad: bool) -> Any:

@@ -58,14 +58,6 @@ def test_site_left_alone_draws_as_pytorch_does() -> None:
     assert torch.equal(outcome.outputs[""], model(x))
 
 
-def test_left_alone_sites_draw_after_the_one_number() -> None:
-    model, x = mlp(8, 8, 8, 8), torch.randn(2, 8)
-    outcome = oracle.oracle_run(model, {}, (x,), seed=3, numbers_at=("",), left_alone=lambda name: True)
-    oracle.set_seed(3)
-    oracle.consume_one_number()
-    assert torch.equal(outcome.outputs[""], model(x))
-
-
 def test_values_and_gradients_are_those_of_the_product() -> None:
     model, x = mlp(8, 8, 4).double(), torch.randn(2, 8, dtype=torch.float64)
     outcome = oracle.oracle_run(model, {"2": half(8)}, (x,))
