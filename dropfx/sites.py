@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,12 +22,30 @@ DROPOUT_FUNCTIONS: dict[Any, int] = {
 }
 """Dropouts that can be sites -> their unit axis, counted from the end."""
 
-OTHER_DROPOUTS: dict[Any, str] = {
-    F.alpha_dropout: "alpha dropout keeps mean and variance with values other than 0",
-    F.feature_alpha_dropout: "alpha dropout keeps mean and variance with values other than 0",
-    F.scaled_dot_product_attention: "dropout on attention probabilities inside scaled_dot_product_attention",
+
+class OtherDropout(NamedTuple):
+    """A function that drops and runs as written: why, and its arguments as (position, name, default)."""
+
+    reason: str
+    rate: tuple[int, str, float]
+    training: tuple[int, str, bool] | None
+
+
+_ALPHA = OtherDropout(
+    "alpha dropout keeps mean and variance with values other than 0", (1, "p", 0.5), (2, "training", False)
+)
+_ATTENTION = "dropout on attention probabilities inside "
+
+OTHER_DROPOUTS: dict[Any, OtherDropout] = {
+    F.alpha_dropout: _ALPHA,
+    F.feature_alpha_dropout: _ALPHA,
+    F.scaled_dot_product_attention: OtherDropout(
+        _ATTENTION + "scaled_dot_product_attention", (4, "dropout_p", 0.0), None
+    ),
+    F.multi_head_attention_forward: OtherDropout(
+        _ATTENTION + "multi_head_attention_forward", (10, "dropout_p", 0.0), (13, "training", True)
+    ),
 }
-"""Functions that drop and run as written -> the reason."""
 
 BERNOULLI = ("bernoulli", "bernoulli_")
 """Operations that a mask may be drawn with; the sites that are made of them are named by their calls."""

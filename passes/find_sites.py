@@ -10,7 +10,7 @@ from dropfx.patterns import PatternRefused, Tile
 from dropfx.regions import recurrent_weight
 from dropfx.runtime import Call
 from dropfx.shared_dropout import shared_dropout
-from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS
+from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, OtherDropout
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 """Axis of a channel dropout -> rank of its batched input; PyTorch reads other ranks in other ways."""
@@ -22,9 +22,11 @@ def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
             context.sites.append(_site(node, context))
-        elif node.op == "call_function" and node.target in OTHER_DROPOUTS and _drops(node):
-            call = node.meta.get("other", Call(f":{op_name(node)}"))
-            context.sites.append(Site(call, _rate(node), reason=OTHER_DROPOUTS[node.target]))
+        elif node.op == "call_function" and node.target in OTHER_DROPOUTS:
+            other = OTHER_DROPOUTS[node.target]
+            if rate := _rate_of_other(node, other):
+                call = node.meta.get("other", Call(f":{op_name(node)}"))
+                context.sites.append(Site(call, rate, reason=other.reason))
     return PassResult(module, False)
 
 
@@ -107,12 +109,8 @@ def _one_mask(node: fx.Node, context: Context) -> str:
     return ""
 
 
-def _drops(node: fx.Node) -> bool:
-    if "dropout_p" in node.kwargs:
-        return _rate(node) != 0
-    return argument(node, 2, "training", False) is True
-
-
-def _rate(node: fx.Node) -> float:
-    rate = node.kwargs.get("dropout_p", argument(node, 1, "p", 0.5))
-    return float(rate) if isinstance(rate, (int, float)) else 0.0
+def _rate_of_other(node: fx.Node, other: OtherDropout) -> float:
+    """At which a function of OTHER_DROPOUTS drops, as far as its arguments tell; 0: not at all."""
+    rate = argument(node, *other.rate)
+    live = other.training is None or argument(node, *other.training) is True
+    return float(rate) if live and isinstance(rate, (int, float)) else 0.0

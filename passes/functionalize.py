@@ -215,7 +215,8 @@ def _aliases(graph: fx.Graph, target: object) -> set[fx.Node] | None:
 
 def _reads_another(node: fx.Node, aliases: set[fx.Node]) -> bool:
     """Whether it takes one of several results, and not one that was written."""
-    return node.target is operator.getitem and node not in aliases and value_of(node) is not None
+    several = node.target is operator.getitem and value_of(node.args[0]) is None
+    return several and node not in aliases and value_of(node) is not None
 
 
 def _pin(graph: fx.Graph, node: fx.Node) -> None:

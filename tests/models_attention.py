@@ -34,7 +34,7 @@ class FusedAttention(Attention):
         return x + self.resid_drop(self.proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-@case("transformer_layer", vectors(64, 5), optional=("dropout", "dropout1", "dropout2"))
+@case("transformer_layer", vectors(64, 5), rewritten=("dropout", "dropout1", "dropout2"))
 def transformer_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(64, 4, 128, dropout=0.25, batch_first=True, activation="gelu")
 

@@ -103,6 +103,23 @@ def test_reasons_of_refusals(name: str, site: str, words: str) -> None:
     assert any(word in found.reason.lower() for word in words.split("|")), found.reason
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_inside_of_attention_has_a_row(need_weights: bool, rate: float) -> None:
+    attention = nn.MultiheadAttention(64, 4, dropout=rate, batch_first=True)
+    x = torch.randn(2, 5, 64)
+    report = dropfx.explain(attention, x, x, x, kwargs={"need_weights": need_weights}, options=ALL)
+    live = {site.name: (site.rate, site.rewritten, "attention" in site.reason) for site in report.sites if site.rate}
+    name = ":dropout_1" if need_weights else ":scaled_dot_product_attention"
+    assert live == ({name: (rate, False, True)} if rate else {})
+
+
+def test_linear_of_attention_skips_the_units_that_are_dropped_behind_it() -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.25, batch_first=True)
+    report = dropfx.explain(layer, torch.randn(2, 5, 64), options=ALL)
+    assert [site.name for site in report.sites if site.rewritten] == ["dropout1", "dropout", "dropout2"]
+
+
 @pytest.mark.parametrize(("name", "words"), [("random_branch", "random"), ("data_branch", "branch")])
 def test_what_ends_a_graph_is_named(name: str, words: str) -> None:
     """A dropout before a branch on data has no Linear in its graph; the report says what ended that."""

@@ -208,3 +208,39 @@ def test_draws_in_a_checkpoint_that_nobody_reads() -> None:
     F.dropout(x)
     F.dropout(x)
     assert torch.equal(after, torch.rand(4))
+
+
+def written_behind_a_dropout_of_nothing(m: Net, x: Tensor) -> Tensor:
+    hidden = m.a(x)
+    same = m.d(hidden)
+    hidden.mul_(2)
+    return m.b(same)
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.5, 0.0, 0.5, 0.0)])
+def test_a_dropout_of_rate_0_returns_its_input_itself(rates: tuple[float, ...]) -> None:
+    """Not a copy, so that a write into the input reaches its readers (fuzzed: seed 31, index 1171)."""
+    original, compiled = pair(written_behind_a_dropout_of_nothing)
+    for seed, rate in enumerate(rates):
+        original.d.p = compiled.d.p = rate
+        check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64, seed=seed)
+
+
+def test_a_dropout_in_eval_returns_its_input_itself() -> None:
+    original, compiled = pair(written_behind_a_dropout_of_nothing)
+    for model in (original, compiled):
+        model.d.eval()
+    check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)
+
+
+def test_an_index_of_a_view_that_was_written_to() -> None:
+    """No result of an operation with several, which a write may pass by (fuzzed: seed 31, index 1171)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.b(m.d(F.relu(m.a(x))))
+        turned = h.movedim(-1, -2)
+        h.clamp_(-0.1, 0.1)
+        return turned[..., torch.arange(turned.size(-1) - 1, -1, -1)]
+
+    original, compiled = pair(forward)
+    check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)

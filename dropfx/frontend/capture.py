@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import logging
 import re
 import types
 import warnings
@@ -45,6 +46,7 @@ _CONFIG: dict[str, Any] = {
     "allow_unspec_int_on_nn_module": True,  # a counter of the forward is an input from its first change on
     "skip_nnmodule_hook_guards": False,  # hooks that are added or removed later are heard
     "optimize_ddp": False,  # backward is autograd's own, and overlaps as it does uncompiled
+    "capture_dynamic_output_shape_ops": True,  # an index by a mask ends no graph
     "assume_static_by_default": True,
     "automatic_dynamic_shapes": True,
     "specialize_float": False,
@@ -57,6 +59,12 @@ _CONFIG: dict[str, Any] = {
 
 _IGNORED = {warnings.simplefilter, warnings.filterwarnings}
 """What would end a graph, and changes nothing that a graph computes."""
+
+
+def _logged_once() -> set[Any]:
+    """Methods that a package gave all loggers to log what was not logged yet: a message is no reason to end a graph."""
+    return {method for method in vars(logging.Logger).values() if hasattr(method, "cache_info")}
+
 
 _SAID_BY_EXPLAIN = ("Dynamo does not know how to trace", "The .grad attribute")
 """Warnings of Dynamo's while it captures: why it ends a graph, and of its own look at an input's gradient."""
@@ -228,7 +236,7 @@ class _Frames:
 
     def _convert(self, frame: Any, entry: Any, state: Any) -> tuple[ConvertFrameReturn, list[str]]:
         """What Dynamo makes of a function, and why its graphs end."""
-        ignored = config.ignore_logging_functions | _IGNORED
+        ignored = config.ignore_logging_functions | _IGNORED | _logged_once()
         # the lock is Dynamo's own: filters of warnings and the list of reasons are the process'
         with compile_lock, config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
             for message in _SAID_BY_EXPLAIN:

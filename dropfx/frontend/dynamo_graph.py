@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dropfx.frontend.dtensor import is_distributed
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
-from dropfx.graphs import op_name, put_in_place, substitute
+from dropfx.graphs import argument, op_name, put_in_place, substitute
 from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS
 
 
@@ -51,6 +51,9 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
     effects = 0
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
         value = source.meta.get("example_value")
+        rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
+        if source in naming.sites and (rate["rate"] == 0 or argument(source, 2, "training", True) is False):
+            memory.share(value, argument(source, 0, "input"))
         leaves = tuple(value) if isinstance(value, torch.Size) else value  # a leaf to pytree
         node.meta["val"] = pytree.tree_map(memory.concrete, leaves)
         if value is None and node.op in ("call_function", "call_method"):
@@ -59,7 +62,6 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
         node.meta["after_effects"] = effects
         if isinstance(value, nn.Parameter):
             node.meta["parameter"] = True
-        rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
         if source in naming.recurrent:
             node.meta["recurrent"] = {"call": naming.recurrent[source], **rate}
         if source in naming.bernoulli:
@@ -136,6 +138,16 @@ class _Memory:
         with self._mode:
             made = self._place(value, sizes, strides)
         return made.requires_grad_(value.requires_grad)
+
+    def share(self, dropped: Any, source: Any) -> None:
+        """A dropout that drops nothing returns its input itself, where the fake one returns a copy."""
+        given = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+        if not all(type(value) is FakeTensor for value in (dropped, given)) or given.layout != torch.strided:
+            return
+        same = given.stride() == dropped.stride() and given.storage_offset() == dropped.storage_offset()
+        if same and self.concrete(given) is not None:
+            mine, its = (int(StorageWeakRef(value.untyped_storage()).cdata) for value in (dropped, given))
+            self._storages[mine] = self._storages[its]
 
     def _place(self, value: Tensor, sizes: list[int], strides: list[int]) -> Tensor:
         if type(value) is not FakeTensor:  # a wrapper, whose memory is that of what it wraps

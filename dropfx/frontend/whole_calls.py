@@ -7,6 +7,7 @@ function that Dynamo does not look into takes the rate as it is: a number, and f
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -69,12 +70,22 @@ WHOLE = {
 FUNCTIONS = {whole: function for function, whole in WHOLE.items()}
 
 
+def _copy(function: FunctionType) -> FunctionType:
+    """The same function as another object, which Dynamo has no rule for and follows."""
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+
+
+_attention = _copy(F.multi_head_attention_forward)  # Dynamo keeps it as one call, with the Linears inside
+
+
 class _WholeCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_dynamo_compiling() and func in WHOLE:
             return WHOLE[func](*args, **(kwargs or {}))
         if func is Tensor.unflatten:  # its call of super() can be followed from a method alone (PyTorch 2.13)
             return args[0].unflatten(*args[1:], **(kwargs or {}))
+        if func is F.multi_head_attention_forward and torch.compiler.is_dynamo_compiling():
+            return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

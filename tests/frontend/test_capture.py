@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from dropfx.frontend import capture
 from tests.case import check_step, mlp, recording
 
 ALL = {"min_speedup": 0}
+LOGGER = logging.getLogger("dropfx.tests")
 
 
 def pair(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -430,3 +433,33 @@ def test_model_that_was_saved_before_the_front_end_was_a_folder() -> None:
         model.train()(torch.randn(3, 4)).sum().backward()
     assert set(masks) == {"2"}
     assert model._dropfx.options.pattern.name == "slice"
+
+
+def test_a_message_that_is_logged_once_ends_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers logs: by a method of all loggers that remembers what it was called with."""
+    monkeypatch.setattr(logging.Logger, "warning_once", functools.lru_cache(logging.Logger.warning), raising=False)
+
+    class Logs(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[1](self[0](x))
+            LOGGER.warning_once("said")
+            return self[2](x)
+
+    model = Logs(nn.Linear(64, 128), nn.Dropout(), nn.Linear(128, 8))
+    assert not dropfx.explain(model, torch.randn(4, 64), options={"min_speedup": 0}).opaque
+
+
+def test_an_index_by_a_mask_ends_no_graph() -> None:
+    """How many rows are left is known only when it runs; the units that are dropped are."""
+
+    class Chosen(nn.Sequential):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            return self[2](self[1](self[0](x)[chosen]))
+
+    model = Chosen(nn.Linear(64, 128), nn.Dropout(), nn.Linear(128, 8)).double()
+    compiled = dropfx.compile(copy.deepcopy(model), min_speedup=0)
+    for rows in (4, 9, 6):
+        x, chosen = torch.randn(rows, 64, dtype=torch.float64), torch.arange(rows) % 3 != 1
+        masks = check_step(model, compiled, (x, chosen), dtype=torch.float64, seed=rows, left_alone=("1",))
+        assert set(masks) <= {"1"}
+    assert not compiled._dropfx.capture.left

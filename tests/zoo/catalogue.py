@@ -27,12 +27,14 @@ class Entry:
         package: what must be installed.
         build: (small) -> model, args, kwargs.
         left: pattern of site names -> word in the reason why these run as written; all others are rewritten.
+        breaks: sites that run as written under torch.compile, whose own settings end a graph before them.
     """
 
     title: str
     package: str
     build: Factory
     left: dict[str, str]
+    breaks: frozenset[str]
 
     def make(self, dtype: torch.dtype = torch.float32, small: bool = True) -> Built:
         define_operators()
@@ -52,9 +54,11 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def entry(name: str, title: str, package: str, left: dict[str, str] | None = None) -> Callable[[Factory], Factory]:
+def entry(
+    name: str, title: str, package: str, left: dict[str, str] | None = None, breaks: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
     def add(build: Factory) -> Factory:
-        ZOO[name] = Entry(title, package, build, left or {})
+        ZOO[name] = Entry(title, package, build, left or {}, frozenset(breaks))
         return build
 
     return add
@@ -172,7 +176,7 @@ def rtdl_mlp(small: bool) -> Built:
     return model, (torch.randn(5 if small else 512, 16),), {}
 
 
-@entry("rtdl_resnet", "rtdl ResNet", "rtdl_revisiting_models")
+@entry("rtdl_resnet", "rtdl ResNet", "rtdl_revisiting_models", left={"*.dropout2": "statistics of a batch"})
 def rtdl_resnet(small: bool) -> Built:
     from rtdl_revisiting_models import ResNet
 
@@ -235,7 +239,7 @@ def pyg_mlp_norm(small: bool) -> Built:
     return MLP([64, width, width, 8], dropout=0.5), (torch.randn(5 if small else 1024, 64),), {}
 
 
-@entry("pyg_gcn", "GCN (torch_geometric)", "torch_geometric", left={"dropout": "shape is known only when it runs"})
+@entry("pyg_gcn", "GCN (torch_geometric)", "torch_geometric", breaks=("dropout",))
 def pyg_gcn(small: bool) -> Built:
     from torch_geometric.nn import GCN
 
