@@ -69,7 +69,7 @@ def test_fields_of_a_rewritten_site() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs", "ignore:.*no dropout")
-@pytest.mark.parametrize("name", every([n for n in CASES if n not in NOT_COPIED and not n.startswith("hook_")], 24))
+@pytest.mark.parametrize("name", every([n for n in CASES if n not in NOT_COPIED and not n.startswith("hook_")], 48))
 def test_sites_agree_with_what_is_recorded(name: str) -> None:
     """Exactly the sites explained as rewritten have a mask, and every other one has a reason of one line."""
     case = CASES[name]
@@ -207,7 +207,7 @@ def snapshot(model: nn.Module, case: Case) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", [*TRACEABLE, *AWKWARD])
-@pytest.mark.parametrize("mode", ["eval", "mixed"])
+@pytest.mark.parametrize("mode", every(["mixed", "eval"], 2))
 def test_model_flags_and_generators_stay(name: str, mode: str) -> None:
     case = CASES[name]
     model = case.make().train(mode != "eval")

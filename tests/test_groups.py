@@ -20,14 +20,14 @@ ONE_OF_EACH = [name for name in GROUPED if not name.startswith(FAMILIES)]
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", every(GROUPED, 4))
+@pytest.mark.parametrize("name", every(GROUPED, 8))
 def test_catalogue(name: str) -> None:
     check_case(CASES[name], torch.float64, batches=(4, 3), groups=3)
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
 @pytest.mark.parametrize("pattern", ["slice", "row", Block(7), Row(max_period=5, scale="period")], ids=str)
-@pytest.mark.parametrize("name", every(ONE_OF_EACH, 29))
+@pytest.mark.parametrize("name", every(ONE_OF_EACH, 58))
 def test_other_patterns(name: str, pattern: str | dropfx.patterns.Pattern) -> None:
     check_case(CASES[name], torch.float64, batches=(4, 3), groups=2, pattern=pattern)
 

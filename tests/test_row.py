@@ -14,7 +14,7 @@ from tests.test_equivalence import SAMPLE, SMOOTH, every
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize("name", every(list(CASES), 15))
+@pytest.mark.parametrize("name", every(list(CASES), 31))
 def test_catalogue(name: str) -> None:
     check_case(CASES[name], torch.float64, pattern="row")
 

@@ -142,21 +142,24 @@ class _Memory:
     def share(self, dropped: Any, source: Any) -> None:
         """A dropout that drops nothing returns its input itself, where the fake one returns a copy."""
         given = source.meta.get("example_value") if isinstance(source, fx.Node) else None
-        if not all(type(value) is FakeTensor for value in (dropped, given)) or given.layout != torch.strided:
+        if type(dropped) is not FakeTensor or type(given) is not FakeTensor or given.layout != torch.strided:
             return
         same = given.stride() == dropped.stride() and given.storage_offset() == dropped.storage_offset()
         if same and self.concrete(given) is not None:
-            mine, its = (int(StorageWeakRef(value.untyped_storage()).cdata) for value in (dropped, given))
-            self._storages[mine] = self._storages[its]
+            self._storages[_key(dropped)] = self._storages[_key(given)]
 
     def _place(self, value: Tensor, sizes: list[int], strides: list[int]) -> Tensor:
         if type(value) is not FakeTensor:  # a wrapper, whose memory is that of what it wraps
             return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
         storage = value.untyped_storage()
         offset, length = self.concrete(value.storage_offset()), self.concrete(storage.nbytes())
-        key = int(StorageWeakRef(storage).cdata)
+        key = _key(value)
         if key not in self._storages:
             self._storages[key] = torch.empty(length, dtype=torch.uint8, device=value.device)
         whole = self._storages[key]
         units = whole[: length - length % value.itemsize].view(value.dtype)
         return units.as_strided(sizes, strides, offset)
+
+
+def _key(value: Tensor) -> int:
+    return int(StorageWeakRef(value.untyped_storage()).cdata)

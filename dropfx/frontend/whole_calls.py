@@ -70,7 +70,7 @@ WHOLE = {
 FUNCTIONS = {whole: function for function, whole in WHOLE.items()}
 
 
-def _copy(function: FunctionType) -> FunctionType:
+def _copy(function: Any) -> Callable[..., Any]:
     """The same function as another object, which Dynamo has no rule for and follows."""
     return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
 
