@@ -70,6 +70,11 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def switched_off(dropout: fx.Node) -> bool:
+    """Whether the call of a dropout asks for evaluation mode, in which it returns its input itself."""
+    return argument(dropout, 2, "train" if dropout.target is torch.dropout else "training", True) is False
+
+
 def impure(node: fx.Node) -> bool:
     """A node that must stay though nobody reads it: module calls, random numbers, writes, what sets a mode."""
     if node.op in ("placeholder", "output", "call_module") or "effect" in node.meta or node.is_impure():

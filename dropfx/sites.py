@@ -46,6 +46,7 @@ OTHER_DROPOUTS: dict[Any, OtherDropout] = {
         _ATTENTION + "multi_head_attention_forward", (10, "dropout_p", 0.0), (13, "training", True)
     ),
 }
+"""Functions that drop and run as written; into the last one `dropfx.compile` looks, torch.compile and fx do not."""
 
 BERNOULLI = ("bernoulli", "bernoulli_")
 """Operations that a mask may be drawn with; the sites that are made of them are named by their calls."""

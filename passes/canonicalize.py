@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.graphs import argument, clean_up, op_name, value_of, writes_in_place
+from dropfx.graphs import argument, clean_up, op_name, switched_off, value_of, writes_in_place
 from dropfx.pass_infra import Context, PassResult
 from dropfx.patterns import Tile
 from dropfx.sites import DROPOUT_FUNCTIONS
@@ -32,8 +32,7 @@ def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:
 def _drop_inactive(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in DROPOUT_FUNCTIONS:
         return False
-    training = argument(node, 2, "train" if node.target is torch.dropout else "training", True)
-    if training is not False or writes_in_place(node):
+    if not switched_off(node) or writes_in_place(node):
         return False
     node.replace_all_uses_with(argument(node, 0, "input"))
     node.graph.erase_node(node)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from dropfx.frontend.dtensor import is_distributed
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
-from dropfx.graphs import argument, op_name, put_in_place, substitute
+from dropfx.graphs import argument, op_name, put_in_place, substitute, switched_off
 from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS
 
 
@@ -52,7 +52,7 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
         value = source.meta.get("example_value")
         rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
-        if source in naming.sites and (rate["rate"] == 0 or argument(source, 2, "training", True) is False):
+        if source in naming.sites and (rate["rate"] == 0 or switched_off(source)):
             memory.share(value, argument(source, 0, "input"))
         leaves = tuple(value) if isinstance(value, torch.Size) else value  # a leaf to pytree
         node.meta["val"] = pytree.tree_map(memory.concrete, leaves)

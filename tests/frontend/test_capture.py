@@ -446,20 +446,26 @@ def test_a_message_that_is_logged_once_ends_no_graph(monkeypatch: pytest.MonkeyP
             return self[2](x)
 
     model = Logs(nn.Linear(64, 128), nn.Dropout(), nn.Linear(128, 8))
-    assert not dropfx.explain(model, torch.randn(4, 64), options={"min_speedup": 0}).opaque
+    assert not dropfx.explain(model, torch.randn(4, 64), options=ALL).opaque
+
+
+class Chosen(nn.Sequential):
+    """Rows are chosen by a mask, so that their number is known only when it runs."""
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        hidden = self[2](self[1](self[0](x)))
+        return self[4](self[3](hidden[chosen]))
 
 
 def test_an_index_by_a_mask_ends_no_graph() -> None:
-    """How many rows are left is known only when it runs; the units that are dropped are."""
-
-    class Chosen(nn.Sequential):
-        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-            return self[2](self[1](self[0](x)[chosen]))
-
-    model = Chosen(nn.Linear(64, 128), nn.Dropout(), nn.Linear(128, 8)).double()
-    compiled = dropfx.compile(copy.deepcopy(model), min_speedup=0)
-    for rows in (4, 9, 6):
-        x, chosen = torch.randn(rows, 64, dtype=torch.float64), torch.arange(rows) % 3 != 1
-        masks = check_step(model, compiled, (x, chosen), dtype=torch.float64, seed=rows, left_alone=("1",))
-        assert set(masks) <= {"1"}
+    """What lies before it is rewritten; what lies behind it runs as written, and `explain` says why."""
+    layers = nn.Linear(64, 128), nn.Dropout(), nn.Linear(128, 96), nn.Dropout(), nn.Linear(96, 8)
+    model, compiled = pair(Chosen(*layers))
+    for batch in (4, 9, 6):
+        given = rows(batch), torch.arange(batch) % 3 != 1
+        masks = check_step(model, compiled, given, dtype=torch.float64, seed=batch, left_alone=("3",))
+        assert set(masks) == {"1"}
     assert not compiled._dropfx.capture.left
+    reasons = {site.name: site.reason for site in dropfx.explain(model, *given, options=ALL).sites}
+    assert reasons["1"] == ""
+    assert "known only when it runs" in reasons["3"]
