@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def check_step(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    left_alone: tuple[str, ...] = (),
+    left_alone: Container[str] = (),
     input_grad: bool = True,
     exact_zeros: bool = True,
 ) -> oracle.Masks:

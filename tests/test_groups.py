@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,8 +42,7 @@ def test_one_mask_for_the_leading_axis_runs_as_written(name: str) -> None:
     dropfx.testing.assert_equivalent(CASES[name].make(), *args, options={"groups": 2, "min_speedup": 0})
 
 
-@pytest.mark.parametrize("groups", [2, 5])
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(("name", "groups"), list(zip(SAMPLE, itertools.cycle([2, 5]), strict=False)))
 def test_ragged_and_missing_groups(name: str, groups: int) -> None:
     """Batches that groups do not divide, smaller than the number of groups, empty."""
     check_case(CASES[name], torch.float64, batches=(7, 3, 1, 0, 4), groups=groups)

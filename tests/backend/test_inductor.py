@@ -63,8 +63,7 @@ def test_pointwise_operations_fuse_on_compact_tensors(pattern: str) -> None:
     check(original, compiled, one_backward, x, sites={"drop"}, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("inner", "bias"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
 def test_weights_are_gathered_once_a_step(inner: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the eager function does; a weight behind the first layer, whose input asks for no gradient, included."""
     gathered = []
