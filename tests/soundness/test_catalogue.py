@@ -208,7 +208,7 @@ def raises(case: Case, changes: list[Callable[[nn.Module], bool]]) -> type[Excep
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (place % 24 > 0)) for place, name in enumerate(CASES)]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (place % 40 > 0)) for place, name in enumerate(CASES)]
 )
 def test_changes_are_heard(name: str) -> None:
     case = CASES[name]
