@@ -1,6 +1,8 @@
 """dropfx: the PyTorch graph compiler pass that stops paying for dropped activations."""
 
+import dropfx.pickles  # noqa: F401  # where models saved by earlier versions look for their parts
 from dropfx import patterns, testing
+from dropfx.draws.runtime import disabled
 from dropfx.errors import (
     DropfxError,
     InvalidInput,
@@ -13,8 +15,7 @@ from dropfx.errors import (
 from dropfx.explain import Report, explain
 from dropfx.frontend.compile import compile, restore
 from dropfx.frontend.fx_graph import Tracer, rewrite
-from dropfx.runtime import disabled
-from dropfx.statistics import Statistics, statistics
+from dropfx.pattern_statistics.report import Statistics, statistics
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropfx import bench, demo, statistics_report
+from dropfx import bench
+from dropfx.bench import demo
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.explain import explain
+from dropfx.pattern_statistics import picture
 from dropfx.testing import assert_equivalent
 
 _INPUT = re.compile(r"(?P<shape>\d+(,\d+)*|)(:(?P<dtype>[a-z]+\d*))?(<(?P<high>\d+))?")
@@ -130,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--draws", type=int, default=3, help="draws to compare (default: 3)")
     checks.set_defaults(run=_check)
     patterns = commands.add_parser("patterns", help="compare the patterns' statistics with independent dropout's")
-    statistics_report.add_arguments(patterns)
-    patterns.set_defaults(run=statistics_report.main)
+    picture.add_arguments(patterns)
+    patterns.set_defaults(run=picture.main)
     benches = commands.add_parser("bench", help="run a benchmark").add_subparsers(required=True, metavar="NAME")
     for name in bench.BENCHES:
         module = bench.load(name)

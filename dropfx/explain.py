@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from dropfx.draws.runtime import numbers_of_their_own
 from dropfx.errors import DropfxError, InvalidInput, InvalidOption
 from dropfx.frontend.compile import check_inputs, check_model, has_forward
 from dropfx.frontend.compiled_module import State, swap
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.trial import copy_inputs, generators_kept, training_copy
-from dropfx.options import make_options
-from dropfx.pass_infra import Options, Site
-from dropfx.runtime import numbers_of_their_own
+from dropfx.graph.pass_infra import Site
+from dropfx.options import Options, make_options
 
 
 @dataclass(frozen=True)

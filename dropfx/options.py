@@ -6,13 +6,34 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 
 from dropfx.errors import InvalidOption, LoweringUnavailable
-from dropfx.pass_infra import Options
 from dropfx.patterns import BY_NAME, Block, Pattern, Tile
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of `dropfx.compile`, checked."""
+
+    pattern: Pattern
+    lowering: str = "auto"
+    min_speedup: float = 1.05
+    groups: int | Literal["time"] = 1
+
+    @property
+    def along_rows(self) -> bool:
+        """There are several draws a batch, for chunks of the leading axis whatever that is."""
+        return self.groups != "time" and self.groups > 1
+
+    @property
+    def grouped(self) -> bool:
+        """A site may have several draws a call."""
+        return self.groups != 1
+
 
 NAMES = ("pattern", "block", "groups", "lowering", "min_speedup")
 LOWERINGS = ("auto", "aten", "triton")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from dropfx.draws.runtime import Masks, backward_under, numbers_of_their_own, recording
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import options_for
 from dropfx.frontend.compile import check_inputs, check_model
@@ -20,10 +21,9 @@ from dropfx.frontend.compiled_module import State, swap
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.packed_sequence import opened
 from dropfx.frontend.trial import copy_inputs, generators_kept, seed_others, training_copy
-from dropfx.layered import layered
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
+from dropfx.ops.recurrent.layered import layered
 from dropfx.patterns import Tile
-from dropfx.runtime import Masks, backward_under, numbers_of_their_own, recording
-from dropfx.sites import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-10),

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.graphs import argument, clean_up, op_name, switched_off, value_of, writes_in_place
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.nodes import argument, clean_up, op_name, switched_off, value_of, writes_in_place
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.graph.size_origin import origin
 from dropfx.patterns import Tile
-from dropfx.sites import DROPOUT_FUNCTIONS
-from dropfx.sizes import origin
 
 
 def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:

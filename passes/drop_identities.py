@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.graphs import argument, op_name, parts_of, value_of
-from dropfx.pass_infra import Context, PassResult
-from dropfx.sizes import SPLITS, is_fixed, origin
+from dropfx.graph.nodes import argument, op_name, parts_of, value_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.graph.size_origin import SPLITS, is_fixed, origin
 
 _JOINS = ("cat", "concat", "concatenate")
 _EXPANSIONS = ("expand", "broadcast_to")

@@ -15,12 +15,12 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.emit import Emitter
-from dropfx.graphs import argument, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.emit import Emitter
+from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.graph.size_origin import is_fixed
 from dropfx.patterns import Tile
-from dropfx.regions import is_dropped
-from dropfx.sizes import is_fixed
+from dropfx.planning.regions import is_dropped
 
 CATS = ("cat", "concat", "concatenate")
 

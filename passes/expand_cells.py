@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.emit import Emitter
-from dropfx.graphs import argument, value_of
+from dropfx.graph.emit import Emitter
+from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
-from dropfx.pass_infra import Context, PassResult
 from dropfx.patterns import Tile
-from dropfx.regions import is_dropped
+from dropfx.planning.regions import is_dropped
 
 
 def expand_cells(module: fx.GraphModule, context: Context) -> PassResult:

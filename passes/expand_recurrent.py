@@ -16,11 +16,11 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.emit import Emitter
-from dropfx.graphs import argument, value_of
-from dropfx.pass_infra import Context, PassResult
-from dropfx.runtime import Call as SiteCall
-from dropfx.sites import RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import Call as SiteCall
+from dropfx.graph.emit import Emitter
+from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 
 
 def expand_recurrent(module: fx.GraphModule, context: Context) -> PassResult:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.graphs import argument, is_parameter, mark_gradients, op_name, value_of
-from dropfx.pass_infra import Context, PassResult, Site
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
+from dropfx.graph.nodes import argument, is_parameter, mark_gradients, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult, Site
+from dropfx.ops.shared_dropout import shared_dropout
 from dropfx.patterns import PatternRefused, Tile
-from dropfx.regions import recurrent_weight
-from dropfx.runtime import Call
-from dropfx.shared_dropout import shared_dropout
-from dropfx.sites import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, OtherDropout
+from dropfx.planning.regions import recurrent_weight
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 """Axis of a channel dropout -> rank of its batched input; PyTorch reads other ranks in other ways."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import insert, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import insert, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 
 _PRODUCTS = ("mul", "multiply")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.pass_infra import Context, PassResult
 
 _SCALED = {ops.linear_op: (0, 7), ops.residual_add_op: (1, 6)}
 """Op -> positions of the operand that a scale may leave and of the op's own scale."""

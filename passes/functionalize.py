@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from dropfx.graphs import argument, op_name, value_of, writes_in_place
-from dropfx.pass_infra import Context, PassResult
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.nodes import argument, op_name, value_of, writes_in_place
+from dropfx.graph.pass_infra import Context, PassResult
 
 _NO_FUNCTIONAL_FORM = frozenset(
     {"copy_", "fill_", "zero_", "set_", "resize_", "as_strided_", "detach_", "requires_grad_", "setitem"}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import insert, op_name
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import insert, op_name
+from dropfx.graph.pass_infra import Context, PassResult
 
 
 def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.plan_regions import sites_of
-from dropfx.regions import rows_source
+from dropfx.planning.regions import rows_source
 
 
 def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.graphs import insert
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import insert
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.expand_cats import Whole
 
 

@@ -10,9 +10,9 @@ from typing import cast
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.graphs import argument, insert
+from dropfx.graph.nodes import argument, insert
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
-from dropfx.pass_infra import Context, PassResult
 
 _FUNCTIONS = {kind: function for function, kind in CELL_FUNCTIONS.items()}
 

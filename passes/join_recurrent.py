@@ -15,9 +15,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graphs import argument, value_of
-from dropfx.one_piece import in_one_piece
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.planning.fused_rnn import in_one_piece
 
 
 def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:

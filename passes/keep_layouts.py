@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.graphs import argument, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 
 _DRAWING = ("dropout", "alpha_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "rrelu")
 """Operations that draw a number for each element of their input; those of whole channels draw in the axes' order."""

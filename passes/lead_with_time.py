@@ -11,11 +11,11 @@ from typing import Any
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.emit import Emitter, fake_value
-from dropfx.graphs import argument, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
-from dropfx.shared_dropout import shared_dropout
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.emit import Emitter, fake_value
+from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.ops.shared_dropout import shared_dropout
 
 
 def lead_with_time(module: fx.GraphModule, context: Context) -> PassResult:

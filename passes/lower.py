@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.available import why_no_kernels
-from dropfx.choice import choose
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops import EAGER
-from dropfx.pass_infra import Context, PassResult
+from dropfx.ops.triton_available import why_no_kernels
+from dropfx.planning.lowering import choose
 
 
 def lower(module: fx.GraphModule, context: Context) -> PassResult:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from dropfx import ops
-from dropfx.axis_rules import Axis
-from dropfx.cut import cut, price
-from dropfx.graphs import argument, op_name, value_of
-from dropfx.one_piece import in_one_piece
-from dropfx.pass_infra import Context, PassResult, Site
-from dropfx.prices import everything_prices, linear_products, recurrent_flops, region_prices
-from dropfx.regions import Region, RegionRefused, ends, grow, is_product
+from dropfx.graph.axis_rules import Axis
+from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult, Site
+from dropfx.planning.cost_model import everything_prices, linear_products, recurrent_flops, region_prices
+from dropfx.planning.fused_rnn import in_one_piece
+from dropfx.planning.min_cut import cut, price
+from dropfx.planning.regions import Region, RegionRefused, ends, grow, is_product
 
 _SWEEPS = 5
 

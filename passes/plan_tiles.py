@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.graphs import argument, clean_up, op_name, value_of
-from dropfx.pass_infra import Context, PassResult, Site
+from dropfx.graph.nodes import argument, clean_up, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
-from dropfx.prices import linear_products, tiled_times
+from dropfx.planning.cost_model import linear_products, tiled_times
 
 
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:

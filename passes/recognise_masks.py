@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from dropfx.emit import Emitter, fake_value
-from dropfx.graphs import argument, insert, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
-from dropfx.runtime import Call
-from dropfx.shared_dropout import shared_dropout
+from dropfx.graph.dropout_ops import Call
+from dropfx.graph.emit import Emitter, fake_value
+from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.ops.shared_dropout import shared_dropout
 
 _PRODUCTS = ("mul", "multiply")
 _QUOTIENTS = ("div", "truediv", "divide", "true_divide")

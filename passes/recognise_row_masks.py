@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx
 from torch.nn import functional as F
 
-from dropfx.graphs import argument, insert, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
-from dropfx.sites import RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
+from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 
 
 def recognise_row_masks(module: fx.GraphModule, context: Context) -> PassResult:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import argument, insert, op_name
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import argument, insert, op_name
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import DENSE, KeptNodes, kept_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import DENSE, kept_of
 
 

@@ -7,8 +7,8 @@ import operator
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import insert, op_name, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import insert, op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
 
 

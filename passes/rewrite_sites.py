@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import argument, insert, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import argument, insert, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.plan_regions import Form
 from dropfx.patterns import Tile
-from dropfx.regions import same_rows
+from dropfx.planning.regions import same_rows
 
 
 def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
-from dropfx.graphs import argument, insert
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import argument, insert
+from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.patterns import Tile
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.graphs import op_name, value_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import op_name, value_of
+from dropfx.graph.pass_infra import Context, PassResult
 
 _SIZES_AFTER = {"view": 1, "reshape": 1, "unflatten": 2}
 """Views that name sizes -> position of the first."""

@@ -12,9 +12,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.choice import forms_of
-from dropfx.graphs import insert, matrix_of
-from dropfx.pass_infra import Context, PassResult
+from dropfx.graph.nodes import insert, matrix_of
+from dropfx.graph.pass_infra import Context, PassResult
+from dropfx.planning.lowering import forms_of
 
 
 def share_weights(module: fx.GraphModule, context: Context) -> PassResult:

@@ -13,7 +13,7 @@ from dropfx.frontend.dynamo_graph import prepare
 from dropfx.frontend.fx_graph import functions
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.whole_calls import unfold, whole_calls
-from dropfx.graphs import copy_of
+from dropfx.graph.nodes import copy_of
 
 
 def symbolic(model: nn.Module, args: tuple[Any, ...]) -> fx.Graph:

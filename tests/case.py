@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dropfx
-from dropfx.runtime import numbers_of_their_own
+from dropfx.draws.runtime import numbers_of_their_own
 from tests import comparison, oracle
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from tests import oracle
 from tests.case import check_step, mlp, pair, recording
 from tests.models import CASES

@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from dropfx import demo
-from dropfx.bench import malloc
+from dropfx.bench import demo, malloc
 
 
 def parse(*options):

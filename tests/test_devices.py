@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dropfx.devices import DEVICES, DeviceCosts, costs_of
+from dropfx.graph.device_costs import DEVICES, DeviceCosts, costs_of
 
 TABLE = DeviceCosts(flops={4: 1000.0, 2: 4000.0}, bytes=100.0, random=10.0, launch=1.0)
 """Round figures, so that expected seconds can be written down."""

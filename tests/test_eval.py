@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from tests import comparison, oracle
 from tests.case import Case, pair, recording
 from tests.models import CASES

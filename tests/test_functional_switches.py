@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from tests import oracle
 from tests.switching import check, dropped_share
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from tests.case import check_step
 from tests.models_hooks import HOOKS, Nested, calls
 from tests.nets import example, nets

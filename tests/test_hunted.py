@@ -201,7 +201,7 @@ def test_draws_in_a_checkpoint_that_nobody_reads() -> None:
     compiled = torch.compile(Net(forward), backend="dropfx", options={"inner": "eager", "min_speedup": 0})
     x = torch.randn(8, 32)
     torch.manual_seed(0)
-    with dropfx.runtime.numbers_of_their_own():
+    with dropfx.draws.runtime.numbers_of_their_own():
         compiled(x)
     after = torch.rand(4)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from dropfx.testing import assert_equivalent, record
 
 UNITS = 64

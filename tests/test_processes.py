@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dropfx
-from dropfx.runtime import numbers_of_their_own
+from dropfx.draws.runtime import numbers_of_their_own
 from tests.case import check_step, pair, recording
 from tests.models import CASES
 

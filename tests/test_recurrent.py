@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from dropfx.testing import assert_equivalent
 from tests import comparison, oracle
 from tests.case import Draw, check_step, compiled_run, pair, recording

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dropfx.axis_rules import Axis
-from dropfx.cut import Prices, cut, price
-from dropfx.devices import DeviceCosts
+from dropfx.graph.axis_rules import Axis
+from dropfx.graph.device_costs import DeviceCosts
+from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
-from dropfx.pass_infra import Context
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
-from dropfx.prices import everything_prices, region_prices
-from dropfx.regions import Region, grow
+from dropfx.planning.cost_model import everything_prices, region_prices
+from dropfx.planning.min_cut import Prices, cut, price
+from dropfx.planning.regions import Region, grow
 from tests.capture import symbolic
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dropfx
+from dropfx.draws.runtime import shared
 from dropfx.patterns import Row
-from dropfx.runtime import shared
 from tests.case import check_case, mlp, recording
 from tests.models import CASES
 from tests.test_equivalence import SAMPLE, SMOOTH, every

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import dropfx
 from dropfx.cli import main
-from dropfx.draws import DrawPlan, TileDraw
+from dropfx.draws.draw_plan import DrawPlan, TileDraw
 from dropfx.errors import DropfxError, InvalidOption
+from dropfx.pattern_statistics.exact import Bernoulli, exact, grid, place_weights
+from dropfx.pattern_statistics.sampled import masks, sample
 from dropfx.patterns import Block, Kept, Pattern, Realisation, Row, Slice, Tile
-from dropfx.statistics_exact import Bernoulli, exact, grid, place_weights
-from dropfx.statistics_sampled import masks, sample
 from tests.statistics_of_draws import assert_binomial, smallest_bias
 
 FAMILIES: list[tuple[Pattern, int, float]] = [

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dropfx
-from dropfx.runtime import shared
+from dropfx.draws.runtime import shared
 from tests import comparison
 from tests.case import check_step, compiled_run, mlp, pair
 from tests.models import CASES

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import dropfx
+from dropfx.draws.runtime import shared
 from dropfx.errors import InvalidOption
-from dropfx.runtime import shared
 from dropfx.testing import assert_equivalent, record
 
 UNITS = 64

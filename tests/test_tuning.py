@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import dropfx
-from dropfx import choice, tuning
 from dropfx.kernels import configs
 from dropfx.kernels.configs import Config
 from dropfx.passes import PIPELINE  # noqa: F401  # registers the ops
-from dropfx.tuning import Tuner
+from dropfx.planning import autotune, lowering
+from dropfx.planning.autotune import Tuner
 from tests.case import mlp
 
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ def test_several_writers_leave_a_whole_file(tmp_path: Path) -> None:
 
 
 def test_file_name_has_device_and_versions() -> None:
-    name = tuning.file_name(CPU)
+    name = autotune.file_name(CPU)
     assert torch.__version__.replace("+", "+") in name
     assert "triton-" in name
     assert "dropfx-" in name
@@ -132,9 +132,9 @@ def test_file_name_has_device_and_versions() -> None:
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.delenv("DROPFX_CACHE_DIR", raising=False)
-    assert tuning.folder() == Path("/cache/dropfx")
+    assert autotune.folder() == Path("/cache/dropfx")
     monkeypatch.setenv("DROPFX_CACHE_DIR", "/elsewhere")
-    assert tuning.folder() == Path("/elsewhere")
+    assert autotune.folder() == Path("/elsewhere")
 
 
 # -- tiles ----------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class Timed:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU with Triton's interpreter counts as a device whose kernels may be chosen."""
-    for module in ("dropfx.choice", "dropfx.passes.lower"):
+    for module in ("dropfx.planning.lowering", "dropfx.passes.lower"):
         monkeypatch.setattr(__import__("sys").modules[module], "why_no_kernels", lambda device: "")
 
 
@@ -228,7 +228,7 @@ def test_the_faster_is_taken(
 ) -> None:
     clock = Timed(faster)
     tuner = Tuner(tmp_path / "cpu.json", clock)
-    monkeypatch.setattr("dropfx.tuning.tuner_for", lambda device: tuner)
+    monkeypatch.setattr("dropfx.planning.autotune.tuner_for", lambda device: tuner)
     state = torch.get_rng_state()
     found = explained(MODEL, X, **options)
     assert torch.equal(torch.get_rng_state(), state)
@@ -247,7 +247,7 @@ def test_the_faster_is_taken(
 @pytest.mark.usefixtures("gpu")
 def test_the_faster_is_taken_under_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = Tuner(tmp_path / "cpu.json", Timed("triton"))
-    monkeypatch.setattr("dropfx.tuning.tuner_for", lambda device: tuner)
+    monkeypatch.setattr("dropfx.planning.autotune.tuner_for", lambda device: tuner)
     torch._dynamo.reset()
     compiled = torch.compile(mlp(24, 40, 64, 8), backend="dropfx", options={"min_speedup": 0, "inner": "aot_eager"})
     compiled(X).sum().backward()
@@ -269,9 +269,9 @@ def test_without_a_measurement_the_cost_table_decides(
     def fail(device: torch.device) -> Any:
         raise error
 
-    monkeypatch.setattr("dropfx.tuning.tuner_for", fail)
+    monkeypatch.setattr("dropfx.planning.autotune.tuner_for", fail)
     for faster, times in (("aten", {"aten": 1.0, "triton": 2.0}), ("triton", {"aten": 2.0, "triton": 1.0})):
-        monkeypatch.setattr(choice, "lowered_times", lambda *a, times=times: times)
+        monkeypatch.setattr(lowering, "lowered_times", lambda *a, times=times: times)
         found = explained(MODEL, X)
         linears = {label: text for label, text in found.items() if label.startswith("linear")}
         assert len(linears) == 3
@@ -280,7 +280,7 @@ def test_without_a_measurement_the_cost_table_decides(
 
 @pytest.mark.usefixtures("gpu")
 def test_a_width_that_varies_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dropfx.tuning.tuner_for", None)
+    monkeypatch.setattr("dropfx.planning.autotune.tuner_for", None)
     assert all("varies" in text for text in explained(MODEL, X, pattern="row").values())
 
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import dropfx
 from dropfx import ops
-from dropfx.devices import DEVICES
+from dropfx.draws.runtime import shared
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.runtime import shared
 from tests import oracle
 from tests.capture import trace
 from tests.case import Case, Draw, check_step, compiled_run

@@ -24,7 +24,7 @@ from dropfx.bench.models import Built, Case
 from dropfx.bench.steps import has_cpp_compiler
 from dropfx.bench.training import sgd
 from dropfx.errors import InvalidOption
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 EAGER, COMPILED, DROPFX, BACKEND = "eager", "torch.compile", "dropfx.compile", "backend"
 

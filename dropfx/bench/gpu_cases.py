@@ -19,7 +19,7 @@ from dropfx.bench import harness
 from dropfx.bench.harness import Ratio
 from dropfx.bench.mlp import flop_ceiling
 from dropfx.bench.training import mlp, sgd, train_step
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 LOWERINGS = ("aten", "triton", "auto")
 """Contenders by dropfx; a product alone has no "auto"."""
@@ -175,7 +175,7 @@ def _contenders(
 
     turns = {name: [partial(product, given, ops) for given in inputs] for name, ops in contenders.items()}
     if bench.device == "cuda":
-        from dropfx.tuning import tuner_for  # imports Triton
+        from dropfx.planning.autotune import tuner_for  # imports Triton
 
         key = f"bench {what}, p={rate:g}, {bench.dtype}"
         tuner_for(torch.device("cuda", torch.cuda.current_device())).measure(key, {"triton": turns["triton"][0]})

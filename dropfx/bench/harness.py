@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from dropfx import timing
-from dropfx.timing import Step
+from dropfx.planning import timing
+from dropfx.planning.timing import Step
 
 _TURN_SECONDS = 0.25
 _MAX_STEPS = 20

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dropfx.errors import InvalidOption
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 WINDOW = 35
 """Steps that truncated back-propagation goes back."""

@@ -16,7 +16,7 @@ from dropfx.bench import arguments, language_model, malloc, steps, steps_report
 from dropfx.bench.language_model import LanguageModel
 from dropfx.bench.steps import Workload
 from dropfx.bench.steps_report import Paper
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 LAYERS = 2
 UNITS = (650, 1500)

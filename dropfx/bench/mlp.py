@@ -16,7 +16,7 @@ from torch import nn
 from dropfx.bench import arguments, malloc, overhead, steps, steps_report
 from dropfx.bench.steps import Workload
 from dropfx.bench.training import mlp, sgd, train_step
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 NETS = ((784, 2048, 2048, 10), (784, 4096, 4096, 10))
 BATCHES = (128, 1024)

@@ -12,7 +12,7 @@ from rich.console import Console
 import dropfx
 from dropfx.bench import harness
 from dropfx.bench.training import mlp
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 _SIZES = (8, 8, 8, 8)
 _CALLS = 100

@@ -25,7 +25,7 @@ from dropfx.bench.fidelity import BERNOULLI, NONE, Outcome
 from dropfx.bench.mlp import Case, flop_ceiling
 from dropfx.bench.training import mlp, sgd, train_step
 from dropfx.errors import InvalidOption
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

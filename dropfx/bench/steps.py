@@ -18,7 +18,7 @@ from torch import nn
 import dropfx
 from dropfx.bench import arguments, harness, malloc
 from dropfx.bench.harness import Ratio
-from dropfx.timing import Step
+from dropfx.planning.timing import Step
 
 EAGER, COMPILED, DROPFX = "eager", "torch.compile", "dropfx"
 RATES = (0.3, 0.5, 0.7)

@@ -33,7 +33,7 @@ from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.dynamo_graph import results_of
 from dropfx.frontend.packed_sequence import packed_layers, run_packed, takes_packed
 from dropfx.frontend.whole_calls import whole_calls
-from dropfx.pass_infra import Options
+from dropfx.options import Options
 
 RECOMPILE_LIMIT = 32
 """Graphs that are captured of one function of a module; what then fits none of them runs as written."""

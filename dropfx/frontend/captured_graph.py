@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch._guards import active_fake_mode
 
+from dropfx.draws.runtime import runtime, shared
+from dropfx.draws.site_draws import SiteDraws
 from dropfx.errors import PassError
 from dropfx.frontend.checkpoints import runnable, walk
 from dropfx.frontend.dynamo_graph import Live, results_of
@@ -20,11 +22,10 @@ from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
 from dropfx.frontend.rewrite_graph import Asked, Part, rewrite
 from dropfx.frontend.whole_calls import unfold
-from dropfx.pass_infra import Options, Site
+from dropfx.graph.pass_infra import Site
+from dropfx.options import Options
 from dropfx.passes import AS_WRITTEN
 from dropfx.patterns import PatternRefused, Realisation
-from dropfx.runtime import runtime, shared
-from dropfx.site_draws import SiteDraws
 
 _numbers = itertools.count()
 Runs = Callable[..., Sequence[Any]]

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from dropfx.graphs import copy_of
+from dropfx.graph.nodes import copy_of
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 

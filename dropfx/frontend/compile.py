@@ -13,9 +13,9 @@ from dropfx.errors import DropfxError, InvalidInput, InvalidModel, NoDropoutWarn
 from dropfx.frontend.compiled_module import NOTHING_DROPS, State, original_class, swap, unswap
 from dropfx.frontend.dtensor import tensor_parallel
 from dropfx.frontend.trial import generators_kept, training_copy
+from dropfx.graph.dropout_ops import may_drop
 from dropfx.options import make_options
 from dropfx.patterns import Pattern
-from dropfx.sites import may_drop
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,11 +17,11 @@ from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dropfx.draws.runtime import runtime, shared
 from dropfx.errors import NoDropoutWarning
 from dropfx.frontend.packed_sequence import takes_packed
-from dropfx.pass_infra import Options
-from dropfx.runtime import runtime, shared
-from dropfx.sites import DROPOUT_MODULES, RECURRENT_MODULES, makes_masks, may_drop
+from dropfx.graph.dropout_ops import DROPOUT_MODULES, RECURRENT_MODULES, makes_masks, may_drop
+from dropfx.options import Options
 
 if TYPE_CHECKING:
     from dropfx.frontend.capture import Capture

@@ -18,8 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from dropfx.errors import InvalidOption
 from dropfx.frontend.captured_graph import CapturedGraph
-from dropfx.options import NAMES, make_options
-from dropfx.pass_infra import Options
+from dropfx.options import NAMES, Options, make_options
 
 if os.environ.get("DROPFX_ALLOW_RNN") != "0":
     # by default Dynamo leaves nn.LSTM out of its graphs, and says nothing; loading the entry point is early enough

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from dropfx.frontend.dtensor import is_distributed
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
-from dropfx.graphs import argument, op_name, put_in_place, substitute, switched_off
-from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS
+from dropfx.graph.dropout_ops import BERNOULLI, DROPOUT_FUNCTIONS
+from dropfx.graph.nodes import argument, op_name, put_in_place, substitute, switched_off
 
 
 def as_it_is(graph: fx.Graph) -> bool:

@@ -15,17 +15,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from dropfx.devices import costs_of
+from dropfx.draws.runtime import runtime
+from dropfx.draws.site_draws import SiteDraws
 from dropfx.errors import InvalidInput, InvalidModel, InvalidOption
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
-from dropfx.graphs import substitute
+from dropfx.graph.device_costs import costs_of
+from dropfx.graph.dropout_ops import RECURRENT_MODULES
+from dropfx.graph.nodes import substitute
+from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
-from dropfx.runtime import runtime
-from dropfx.site_draws import SiteDraws
-from dropfx.sites import RECURRENT_MODULES
 
 
 class Tracer(fx.Tracer):

@@ -10,9 +10,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from dropfx.graphs import op_name
-from dropfx.runtime import Call
-from dropfx.sites import BERNOULLI, DROPOUT_FUNCTIONS, DROPOUT_MODULES, OTHER_DROPOUTS, RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import (
+    BERNOULLI,
+    DROPOUT_FUNCTIONS,
+    DROPOUT_MODULES,
+    OTHER_DROPOUTS,
+    RECURRENT_FUNCTIONS,
+    Call,
+)
+from dropfx.graph.nodes import op_name
 
 _OTHER_MODULES = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from dropfx.sites import RECURRENT_MODULES
+from dropfx.graph.dropout_ops import RECURRENT_MODULES
 
 
 class _Open:

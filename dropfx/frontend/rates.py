@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from dropfx.frontend.checkpoints import walk
-from dropfx.graphs import argument
-from dropfx.sites import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
+from dropfx.graph.nodes import argument
 
 _ARITHMETIC = ("_operator", "math", "builtins")
 

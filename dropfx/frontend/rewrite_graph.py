@@ -17,15 +17,16 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from dropfx.devices import costs_of
+from dropfx.draws.runtime import numbers_of_their_own
+from dropfx.draws.site_draws import SiteDraws, grouped
 from dropfx.frontend.checkpoints import checkpoints
 from dropfx.frontend.dynamo_graph import Live, as_it_is, prepare, results_of
 from dropfx.frontend.naming import Naming
-from dropfx.graphs import copy_of, substitute
-from dropfx.pass_infra import Context, Options, Pass, run_passes
+from dropfx.graph.device_costs import costs_of
+from dropfx.graph.nodes import copy_of, substitute
+from dropfx.graph.pass_infra import Context, Pass, run_passes
+from dropfx.options import Options
 from dropfx.passes import PIPELINE
-from dropfx.runtime import numbers_of_their_own
-from dropfx.site_draws import SiteDraws, grouped
 
 
 class Part(NamedTuple):

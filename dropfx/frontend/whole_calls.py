@@ -18,7 +18,7 @@ from torch.autograd import Variable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dropfx.sites import RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:

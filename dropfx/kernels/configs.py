@@ -65,7 +65,7 @@ Small = Literal["first", "only"] | None
 """Whether a kernel starts from the small tile, by which groups skip more, or may have no other."""
 
 chosen: dict[str, Config] = {}
-"""Product -> tile that was measured to be the fastest: takes precedence over the tables. Filled by `dropfx.tuning`."""
+"""Product -> tile measured to be the fastest, before those of the tables. Filled by `dropfx.planning.autotune`."""
 
 _listeners: list[dict[str, tuple[Config, ...]]] = []
 

@@ -1,8 +1,8 @@
 """All draws of a call in one launch: a program a site hashes the site's slots and keeps the blocks of the largest.
 
-The numbers are those of `dropfx.draws` and the choice that of `patterns.Block` and `patterns.Slice`, so that a GPU, a
-CPU and either front end draw alike. The k-th largest of n hashes is found bit by bit: 63 counts over registers, where a
-sort would exchange keys between threads. Among equal hashes the first count.
+The numbers are those of `dropfx.draws.draw_plan` and the choice that of `patterns.Block` and `patterns.Slice`, so that
+a GPU, a CPU and either front end draw alike. The k-th largest of n hashes is found bit by bit: 63 counts over
+registers, where a sort would exchange keys between threads. Among equal hashes the first count.
 
 Legend: a slot is a block of the axis; k of n slots are kept.
 Limits: latency; a program holds the n hashes of its site, so that n is at most MAX_SLOTS.
@@ -26,7 +26,7 @@ _ALIGN = 2
 
 @triton.jit
 def _mixed(x, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """`dropfx.draws._mix`: splitmix64's finaliser with arithmetic shifts, in int64, which wraps."""
+    """`dropfx.draws.draw_plan._mix`: splitmix64's finaliser with arithmetic shifts, in int64, which wraps."""
     x = (x ^ (x >> 30)) * FIRST
     x = (x ^ (x >> 27)) * SECOND
     return x ^ (x >> 31)

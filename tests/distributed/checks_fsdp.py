@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import dropfx
+from dropfx.draws.runtime import shared
 from dropfx.ops import linear
-from dropfx.runtime import shared
 from tests import oracle
 from tests.distributed import steps
 from tests.distributed.checks_ddp import Checkpointed, forward_backward_once

@@ -18,6 +18,7 @@ from torch.utils import checkpoint as checkpointing
 
 import dropfx
 from dropfx.frontend import capture
+from dropfx.patterns import Block, Pattern, Slice
 from tests.case import check_step, mlp, recording
 
 ALL = {"min_speedup": 0}
@@ -425,14 +426,18 @@ def test_memory_stays_flat_over_two_hundred_thousand_steps() -> None:
     assert seen[-1] - seen[1] < 8 * 1024  # kilobytes
 
 
-def test_model_that_was_saved_before_the_front_end_was_a_folder() -> None:
-    """`torch.save` of a compiled 4-32-2 with pattern="slice" by an earlier version."""
-    model = torch.load(Path(__file__).parent / "data" / "compiled_0_1.pt", weights_only=False)
+@pytest.mark.parametrize(
+    ("file", "inputs", "pattern"),
+    [("compiled_0_1.pt", 4, Slice()), ("compiled_before_folders.pt", 8, Block(4))],
+)
+def test_model_that_was_saved_by_an_earlier_version(file: str, inputs: int, pattern: Pattern) -> None:
+    """`torch.save` of a compiled Linear, ReLU, Dropout, Linear, whose pickle names the modules of then."""
+    model = torch.load(Path(__file__).parent / "data" / file, weights_only=False)
     assert type(model).__name__ == "Sequential"
     with recording() as masks:
-        model.train()(torch.randn(3, 4)).sum().backward()
+        model.train()(torch.randn(3, inputs)).sum().backward()
     assert set(masks) == {"2"}
-    assert model._dropfx.options.pattern.name == "slice"
+    assert model._dropfx.options.pattern == pattern
 
 
 def test_a_message_that_is_logged_once_ends_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:

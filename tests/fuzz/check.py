@@ -14,8 +14,8 @@ import torch._dynamo.config
 from torch import nn
 
 import dropfx
+from dropfx.draws.runtime import numbers_of_their_own
 from dropfx.errors import DoubleBackwardError
-from dropfx.runtime import numbers_of_their_own
 from tests.fuzz.minimise import live
 from tests.fuzz.oracle import Masks, Outcome, Raised, differences, finite, masked, merged, train_step
 from tests.fuzz.program import Program, Step, change

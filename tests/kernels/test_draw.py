@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dropfx import draws
-from dropfx.draws import DrawPlan
+from dropfx.draws import draw_plan
+from dropfx.draws.draw_plan import DrawPlan
 from dropfx.kernels import draw as kernel
 from dropfx.patterns import Block, Pattern, Row, Slice
 
@@ -63,7 +63,7 @@ def test_draws_alike_whatever_the_number(number: int, blocks: int, size: int, ra
 
 def test_draws_alike_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in (1, 2, 77):
-        monkeypatch.setattr(draws, "data_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(draw_plan, "data_parallel_rank", lambda rank=rank: rank)
         assert_alike(Block(), (64, 0.5), number=5)
 
 

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropfx import ops
-from dropfx.draws import Draw, DrawPlan, draw_number
+from dropfx.draws.draw_plan import Draw, DrawPlan, draw_number
 from dropfx.errors import DoubleBackwardError
 from dropfx.patterns import Block, Pattern, Slice
 

@@ -10,10 +10,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.devices import DEVICES
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.join_cells import join_cells

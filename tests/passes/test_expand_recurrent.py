@@ -12,12 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.devices import DEVICES
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS, Call
+from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
-from dropfx.pass_infra import Context
 from dropfx.passes.expand_recurrent import expand_recurrent
-from dropfx.runtime import Call
-from dropfx.sites import RECURRENT_FUNCTIONS
 
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 FUNCTIONS = {kind: function for function, kind in RECURRENT_FUNCTIONS.items()}

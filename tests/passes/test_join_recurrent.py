@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.devices import DEVICES
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
-from dropfx.pass_infra import Context
 from dropfx.passes.join_recurrent import join_recurrent
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a CPU's one piece is oneDNN's")

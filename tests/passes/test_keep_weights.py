@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx
 
 from dropfx import ops
-from dropfx.axis_rules import Axis
-from dropfx.devices import DEVICES
+from dropfx.graph.axis_rules import Axis
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context, Site
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, Site
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.plan_regions import Form
 

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.devices import DEVICES
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
-from dropfx.pass_infra import Context
 from dropfx.passes import PIPELINE
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.keep_weights import keep_weights

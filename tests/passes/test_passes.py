@@ -8,11 +8,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.devices import DEVICES
 from dropfx.errors import PassError
-from dropfx.graphs import op_name
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.nodes import op_name
+from dropfx.graph.pass_infra import Context, PassResult, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, PassResult, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import fx
 
-from dropfx.devices import DEVICES
-from dropfx.graphs import op_name
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.dropout_ops import Call
+from dropfx.graph.nodes import op_name
+from dropfx.graph.pass_infra import Context, run_passes
+from dropfx.ops.shared_dropout import shared_dropout
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.recognise_masks import recognise_masks
-from dropfx.runtime import Call
-from dropfx.shared_dropout import shared_dropout
 from tests.capture import trace
 from tests.models import CASES
 from tests.models_masks import OTHERS, SEVERAL

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dropfx.devices import DEVICES
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes import functionalize, recognise_row_masks
 from tests.capture import trace
 

@@ -8,10 +8,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.axis_rules import Axis
-from dropfx.devices import DEVICES
+from dropfx.graph.axis_rules import Axis
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, run_passes
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize

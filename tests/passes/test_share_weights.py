@@ -10,11 +10,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.axis_rules import Axis
-from dropfx.devices import DEVICES
-from dropfx.graphs import is_parameter
+from dropfx.graph.axis_rules import Axis
+from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.nodes import is_parameter
+from dropfx.graph.pass_infra import Context, Site, run_passes
 from dropfx.options import make_options
-from dropfx.pass_infra import Context, Site, run_passes
 from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.plan_regions import Form

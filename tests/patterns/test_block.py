@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dropfx.draws import Draw, DrawPlan
+from dropfx.draws.draw_plan import Draw, DrawPlan
 from dropfx.errors import InvalidOption
 from dropfx.patterns import Block, PatternRefused
 from tests.statistics_of_draws import assert_binomial

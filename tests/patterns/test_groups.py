@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropfx.draws import Draw, DrawPlan
+from dropfx.draws.draw_plan import Draw, DrawPlan
 from dropfx.patterns import Block, Pattern, Row, Slice
 from tests.statistics_of_draws import assert_binomial, assert_uniform, smallest_bias
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropfx.draws import DrawPlan
+from dropfx.draws.draw_plan import DrawPlan
 from dropfx.errors import InvalidOption
 from dropfx.patterns import Pattern, PatternRefused, Row, Tile, search
 from tests.statistics_of_draws import assert_binomial

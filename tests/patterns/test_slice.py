@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dropfx.draws import Draw, DrawPlan
+from dropfx.draws.draw_plan import Draw, DrawPlan
 from dropfx.patterns import PatternRefused, Slice
 from tests.statistics_of_draws import assert_binomial, assert_uniform
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from dropfx import ops
-from dropfx.cut import Prices
-from dropfx.devices import DeviceCosts
-from dropfx.graphs import argument, matrix_of, op_name, value_of
-from dropfx.regions import Region, is_product
+from dropfx.graph.device_costs import DeviceCosts
+from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
+from dropfx.planning.min_cut import Prices
+from dropfx.planning.regions import Region, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from dropfx.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_permutation
-from dropfx.axis_rules.along import DIM
-from dropfx.graphs import argument, op_name, value_of
-from dropfx.shared_dropout import shared_dropout
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_permutation
+from dropfx.graph.axis_rules.along import DIM
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.ops.shared_dropout import shared_dropout
 
 BATCH_NORM = "a draw shared by the batch would reach the statistics of a batch normalisation"
 

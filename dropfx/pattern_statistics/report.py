@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dropfx.errors import InvalidOption
+from dropfx.pattern_statistics.exact import Bernoulli, Figures, exact, place_weights
+from dropfx.pattern_statistics.sampled import sample
 from dropfx.patterns import BY_NAME, Pattern, PatternRefused, Tile
-from dropfx.statistics_exact import Bernoulli, Figures, exact, place_weights
-from dropfx.statistics_sampled import sample
 
 _FIGURES = tuple(figure.name for figure in fields(Figures))
 
@@ -68,7 +68,7 @@ class Statistics(Figures):
         Raises:
             DropfxError: matplotlib is not installed.
         """
-        from dropfx.statistics_report import picture  # it draws what this module computes
+        from dropfx.pattern_statistics.picture import picture  # it draws what this module computes
 
         picture([self], path)
 

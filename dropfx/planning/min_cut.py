@@ -13,8 +13,8 @@ import networkx as nx
 from networkx.algorithms.flow import shortest_augmenting_path
 from torch import fx
 
-from dropfx.graphs import value_of
-from dropfx.regions import Region
+from dropfx.graph.nodes import value_of
+from dropfx.planning.regions import Region
 
 _INFINITE = float("inf")  # given, not left out: adding an edge again keeps an earlier capacity
 

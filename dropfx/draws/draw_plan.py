@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dropfx.draws.runtime import shared
 from dropfx.patterns import Block, Kept, KeptTiles, Pattern, Realisation, Slice, padded_scale, unwrapped
-from dropfx.runtime import shared
 
 if TYPE_CHECKING:
     from dropfx.kernels.draw import DrawLaunch

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dropfx import ops
-from dropfx.available import why_no_kernels
-from dropfx.draws import DrawPlan
-from dropfx.graphs import value_of
-from dropfx.pass_infra import Context
-from dropfx.prices import lowered_times
+from dropfx.draws.draw_plan import DrawPlan
+from dropfx.graph.nodes import value_of
+from dropfx.graph.pass_infra import Context
+from dropfx.ops.triton_available import why_no_kernels
+from dropfx.planning.cost_model import lowered_times
 
 
 class Choice(NamedTuple):
@@ -80,7 +80,7 @@ def _measured(
         return "not measured: a CUDA graph is being captured"
     if context.options.pattern.on_host and "starts" in context.options.pattern.fields:
         return "not measured: its width varies from step to step"
-    from dropfx.tuning import tuner_for  # imports Triton
+    from dropfx.planning.autotune import tuner_for  # imports Triton
 
     with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
         try:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.draws import DrawPlan, TileDraw, site_key
+from dropfx.draws.draw_plan import DrawPlan, TileDraw, site_key
+from dropfx.pattern_statistics.exact import Figures, mean_pair, place_weights, worst
 from dropfx.patterns import Pattern, Realisation
-from dropfx.statistics_exact import Figures, mean_pair, place_weights, worst
 
 _AT_ONCE = 2**19
 """Multipliers held at once."""

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dropfx.available import why_no_kernels
-from dropfx.draws import Draw, DrawPlan, TileDraw
+from dropfx.draws.draw_plan import Draw, DrawPlan, TileDraw
+from dropfx.draws.runtime import Frame
+from dropfx.graph.pass_infra import Context, Site
 from dropfx.ops.groups import by_row
-from dropfx.pass_infra import Context, Site
+from dropfx.ops.triton_available import why_no_kernels
 from dropfx.patterns import Realisation, Tile
-from dropfx.runtime import Frame
 
 
 class SiteDraws:

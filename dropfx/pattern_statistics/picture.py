@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from dropfx.errors import DropfxError, InvalidOption
+from dropfx.pattern_statistics.exact import grid, place_weights
+from dropfx.pattern_statistics.report import Statistics, statistics, table
+from dropfx.pattern_statistics.sampled import masks
 from dropfx.patterns import BY_NAME, Tile
-from dropfx.statistics import Statistics, statistics, table
-from dropfx.statistics_exact import grid, place_weights
-from dropfx.statistics_sampled import masks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dropfx.sites import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS, Call
 
 Masks = dict[str, Tensor]
-
-
-class Call(NamedTuple):
-    """One call of what drops: which, the how manieth of a forward, and the part of it.
-
-    Attributes:
-        what: path of a module; of what a forward calls by itself, "path:dropout" or "path:bernoulli".
-        part: "dropout[0]" and so on of a recurrent module.
-    """
-
-    what: str
-    number: int = 1
-    part: str = ""
-
-    @property
-    def name(self) -> str:
-        """As in `record` and `explain` (docs/how_it_works.md)."""
-        if self.what.endswith((":dropout", ":bernoulli")):
-            return f"{self.what}_{self.number}"
-        plain = ".".join(filter(None, (self.what, self.part)))
-        return plain if self.number == 1 else f"{plain}#{self.number}"
-
-    def behind(self, calls: Mapping[str, int]) -> Call:
-        """The call, counted on from those that were made before its graph."""
-        return self._replace(number=calls.get(self.what, 0) + self.number)
 
 
 class Frame:

@@ -7,36 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from dropfx.devices import DeviceCosts
 from dropfx.errors import PassError
-from dropfx.graphs import clean_up
-from dropfx.patterns import Pattern, Realisation
-from dropfx.runtime import Call
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked of `dropfx.compile`, checked."""
-
-    pattern: Pattern
-    lowering: str = "auto"
-    min_speedup: float = 1.05
-    groups: int | Literal["time"] = 1
-
-    @property
-    def along_rows(self) -> bool:
-        """There are several draws a batch, for chunks of the leading axis whatever that is."""
-        return self.groups != "time" and self.groups > 1
-
-    @property
-    def grouped(self) -> bool:
-        """A site may have several draws a call."""
-        return self.groups != 1
+from dropfx.graph.device_costs import DeviceCosts
+from dropfx.graph.dropout_ops import Call
+from dropfx.graph.nodes import clean_up
+from dropfx.options import Options
+from dropfx.patterns import Realisation
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dropfx.graphs import value_of
-from dropfx.pass_infra import Context
+from dropfx.graph.nodes import value_of
+from dropfx.graph.pass_infra import Context
 
 
 def in_one_piece(node: fx.Node, context: Context) -> bool:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import dropfx.kernels.configs as configs
-from dropfx import timing
 from dropfx.kernels.configs import Config
-from dropfx.timing import Step
+from dropfx.planning import timing
+from dropfx.planning.timing import Step
 
 Timer = Callable[[Step], float]
 _WARM_UP, _REPEATS = 2, 7

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from dropfx.axis_rules.along import DIM, all_sources, along_rule, stack_keeps_first, stack_operands, stack_output
-from dropfx.axis_rules.pointwise import (
+from dropfx.graph.axis_rules.along import DIM, all_sources, along_rule, stack_keeps_first, stack_operands, stack_output
+from dropfx.graph.axis_rules.pointwise import (
     all_operands,
     always,
     clamp_holds_zero,
@@ -18,8 +18,8 @@ from dropfx.axis_rules.pointwise import (
     power_at_least_one,
     threshold_zero,
 )
-from dropfx.axis_rules.rule import AxisRule
-from dropfx.axis_rules.views import (
+from dropfx.graph.axis_rules.rule import AxisRule
+from dropfx.graph.axis_rules.views import (
     first_stays,
     index_keeps_first,
     index_operands,
@@ -29,7 +29,7 @@ from dropfx.axis_rules.views import (
     reshape_operands,
     reshape_output,
 )
-from dropfx.graphs import op_name, parts_of, value_of
+from dropfx.graph.nodes import op_name, parts_of, value_of
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "

@@ -9,11 +9,11 @@ from typing import Any, cast
 from torch import fx
 
 from dropfx import ops
-from dropfx.axis_rules import Axis, Operands, rule_of
-from dropfx.batch_statistics import reached_statistic
-from dropfx.graphs import argument, is_parameter, op_name, value_of
-from dropfx.pass_infra import Site
-from dropfx.sites import DROPOUT_FUNCTIONS
+from dropfx.graph.axis_rules import Axis, Operands, rule_of
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
+from dropfx.graph.pass_infra import Site
+from dropfx.planning.batch_statistics import reached_statistic
 
 GEMMS = ("linear", "embedding")
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence

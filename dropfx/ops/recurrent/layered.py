@@ -13,8 +13,9 @@ def layered(function: Any, args: tuple[Any, ...], between: Callable[[Tensor, int
     """function(*args) with `between(output, gap)` in place of its own dropout behind each layer but the last.
 
     Args:
-        function: one of `sites.RECURRENT_FUNCTIONS`; its args are (input, hx, weights, biases, layers, dropout, train,
-            bidirectional, batch_first), or for packed inputs (data, batch_sizes, hx, weights, ..., bidirectional).
+        function: one of `dropout_ops.RECURRENT_FUNCTIONS`; its args are (input, hx, weights, biases, layers, dropout,
+            train, bidirectional, batch_first), or for packed inputs (data, batch_sizes, hx, weights, ...,
+            bidirectional).
     """
     packed = isinstance(args[3], (list, tuple))
     lead, (hx, weights, biases, layers, _, train, bidirectional, *rest) = args[: 1 + packed], args[1 + packed :]

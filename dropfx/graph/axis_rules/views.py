@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from dropfx.axis_rules.pointwise import first_operand
-from dropfx.axis_rules.rule import Axis, Operands
-from dropfx.graphs import op_name, parts_of, value_of
+from dropfx.graph.axis_rules.pointwise import first_operand
+from dropfx.graph.axis_rules.rule import Axis, Operands
+from dropfx.graph.nodes import op_name, parts_of, value_of
 
 
 def reshape_axis(source: Sequence[int], target: Sequence[int], axis: Axis) -> Axis | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dropfx.axis_rules.rule import Axis, AxisRule, Operands, Zero
-from dropfx.graphs import argument, value_of
+from dropfx.graph.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graph.nodes import argument, value_of
 
 
 def _pointwise_operands(node: fx.Node, axis: Axis) -> Operands | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.axis_rules.rule import Axis, AxisRule, Operands, Zero
-from dropfx.graphs import argument, op_name, value_of
+from dropfx.graph.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graph.nodes import argument, op_name, value_of
 
 DIM: dict[str, tuple[int, str, Any]] = {
     **dict.fromkeys(("narrow", "select", "index_select", "cumsum"), (1, "dim", None)),

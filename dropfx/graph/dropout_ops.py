@@ -1,16 +1,16 @@
-"""Which modules and functions drop: the tables that tracing, finding sites and testing share."""
+"""Which modules and functions drop, and what one call of these is named: shared by front end, passes and testing."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dropfx.shared_dropout import shared_dropout
+from dropfx.ops.shared_dropout import shared_dropout
 
 DROPOUT_FUNCTIONS: dict[Any, int] = {
     F.dropout: -1,
@@ -62,6 +62,31 @@ RECURRENT_FUNCTIONS: dict[Any, str] = {
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
+
+
+class Call(NamedTuple):
+    """One call of what drops: which, the how manieth of a forward, and the part of it.
+
+    Attributes:
+        what: path of a module; of what a forward calls by itself, "path:dropout" or "path:bernoulli".
+        part: "dropout[0]" and so on of a recurrent module.
+    """
+
+    what: str
+    number: int = 1
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in `record` and `explain` (docs/how_it_works.md)."""
+        if self.what.endswith((":dropout", ":bernoulli")):
+            return f"{self.what}_{self.number}"
+        plain = ".".join(filter(None, (self.what, self.part)))
+        return plain if self.number == 1 else f"{plain}#{self.number}"
+
+    def behind(self, calls: Mapping[str, int]) -> Call:
+        """The call, counted on from those that were made before its graph."""
+        return self._replace(number=calls.get(self.what, 0) + self.number)
 
 
 def may_drop(root: nn.Module) -> bool:
