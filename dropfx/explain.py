@@ -199,8 +199,8 @@ def _report(trial: nn.Module, options: Options) -> Report:
 
 def _row(site: Site, name: str, options: Options) -> SiteReport:
     drawn = site.rate
-    if site.rewritten and site.realisation is not None:
-        drawn = site.realisation.drawn_rate
+    if site.rewritten and site.fit is not None:
+        drawn = site.fit.drawn_rate
     return SiteReport(
         name=name,
         rate=site.rate,

@@ -13,13 +13,13 @@ from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.fold_scale import fold_scale
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.fuse_activation import fuse_activation
+from dropfx.passes.hoist_weight_gathers import hoist_weight_gathers
 from dropfx.passes.insert_draws import insert_draws
 from dropfx.passes.join_cats import join_cats
 from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.keep_layouts import keep_layouts
 from dropfx.passes.keep_weights import keep_weights
-from dropfx.passes.lead_with_time import lead_with_time
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
@@ -32,7 +32,7 @@ from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
-from dropfx.passes.share_weights import share_weights
+from dropfx.passes.time_major import time_major
 
 AS_WRITTEN = (functionalize, recognise_masks)
 """Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
@@ -43,7 +43,7 @@ PIPELINE = (
     recognise_row_masks,
     expand_recurrent,
     expand_cells,
-    lead_with_time,
+    time_major,
     drop_identities,
     canonicalize,
     expand_cats,
@@ -63,7 +63,7 @@ PIPELINE = (
     join_cells,
     fold_masks,
     fold_scale,
-    share_weights,
+    hoist_weight_gathers,
     keep_layouts,
     lower,
     keep_weights,

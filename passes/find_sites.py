@@ -45,7 +45,7 @@ def _site(node: fx.Node, context: Context) -> Site:
             return site
         site.groups = _groups(site, context)
         try:
-            site.realisation = context.options.pattern.realise(value.shape[site.axis], site.rate, site.groups)
+            site.fit = context.options.pattern.fit(value.shape[site.axis], site.rate, site.groups)
         except PatternRefused as refusal:
             site.reason = str(refusal)
     return site

@@ -27,7 +27,7 @@ def fold_masks(module: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _kept_ones(node: object) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not ops.take_op:
+    if not isinstance(node, fx.Node) or node.target is not ops.gather_op:
         return False
     ones = node.args[0]
     if not isinstance(ones, fx.Node) or "pinned" in ones.meta or ones.meta.get("asks_gradient"):

@@ -1,7 +1,7 @@
 """relu(linear_triton(x, W, ...)) -> activated_linear_triton(x, W, ..., "relu")        relu and tanh.
 
 The product applies the function to its accumulator before it stores it: one value less is written and read. Only where
-backward needs no more than the result (`by_kernels.FROM_OUTPUT`) and nobody else reads the product.
+backward needs no more than the result (`triton_ops.FROM_OUTPUT`) and nobody else reads the product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
     lowered = [node for node in module.graph.nodes if node.meta.get("lowering") == "triton"]
     if not lowered:
         return PassResult(module, False)
-    from dropfx.ops.by_kernels import FROM_OUTPUT, KERNELS, activated_linear_op  # imports Triton
+    from dropfx.ops.triton_ops import FROM_OUTPUT, KERNELS, activated_linear_op  # imports Triton
 
     modified = False
     for node in lowered:

@@ -75,7 +75,7 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
         else:
             weight = inputs.weight
             if inputs.cols is not None:
-                weight = graph.call_function(ops.take_op, (weight, *inputs.cols, 1, 0))
+                weight = graph.call_function(ops.gather_op, (weight, *inputs.cols, 1, 0))
             x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
             results = _function(node, x, weight, biases, context)
             results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
@@ -120,8 +120,8 @@ def _function(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node],
         lead, rest = ((x,), (False,)) if batch_sizes is None else ((x, batch_sizes), ())
         options = (bool(biases), 1, 0.0, True, False, *rest)
         args = *lead, hx, weights, *options
-        if weight.target is ops.take_op and not in_buffer:
-            made = graph.call_function(ops.gather_again, (kind, weight, *weight.args[:4], *args))
+        if weight.target is ops.gather_op and not in_buffer:
+            made = graph.call_function(ops.recompute_gather, (kind, weight, *weight.args[:4], *args))
         else:
             made = graph.call_function(getattr(torch, str(kind)), args)
     else:

@@ -1,4 +1,4 @@
-"""linear(x', W, b, rows, cols) -> kept_linear(x', W, kept_weight(W, rows, cols), b, rows, cols)
+"""linear(x', W, b, rows, cols) -> gathered_linear(x', W, gathered_weight(W, rows, cols), b, rows, cols)
 
 In graphs for compilers: gathering the weight becomes a node of its own, whose value forward saves for the gradient of
 the input, and the products become the compiler's own. The eager function saves it by itself; Triton's products gather
@@ -22,9 +22,9 @@ def keep_weights(module: fx.GraphModule, context: Context) -> PassResult:
             continue
         with module.graph.inserting_before(node):
             detached = module.graph.call_method("detach", (node.args[1],))  # its gradient is made by the product
-            kept = module.graph.call_function(ops.kept_weight_op, (detached, *node.args[3:7]))
+            kept = module.graph.call_function(ops.gathered_weight_op, (detached, *node.args[3:7]))
         x, weight, bias, *runs = node.args[:8]
-        node.target, node.args = ops.kept_linear, (x, weight, kept, bias, *runs)
+        node.target, node.args = ops.gathered_linear, (x, weight, kept, bias, *runs)
         modified = True
     return PassResult(module, modified)
 
@@ -34,4 +34,4 @@ def _one_copy(node: fx.Node, context: Context) -> bool:
     sites = [context.sites[form.site] for form in forms_of(node) if form is not None]
     if any(site.groups > 1 for site in sites):
         return False
-    return any(s.device.type != "cpu" or s.realisation is None or s.realisation.count != 1 for s in sites)
+    return any(s.device.type != "cpu" or s.fit is None or s.fit.count != 1 for s in sites)

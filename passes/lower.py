@@ -41,7 +41,7 @@ def _kernels(context: Context) -> dict[Any, Any]:
     asked = context.options.lowering
     devices = {site.device for site in context.sites if site.rewritten}
     if asked == "triton" or (asked == "auto" and any(not why_no_kernels(device) for device in devices)):
-        from dropfx.ops.by_kernels import KERNELS
+        from dropfx.ops.triton_ops import KERNELS
 
         return KERNELS
     return {}

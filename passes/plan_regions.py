@@ -44,7 +44,7 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
         node.meta["one_piece"] = in_one_piece(node, context)
     _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
-    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.realisation is not None]
+    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None]
     for _ in range(_SWEEPS):
         before = {i: choice.compact for i, choice in chosen.items()}
         for index in candidates:
@@ -72,15 +72,15 @@ def _prefer_reasons_of_neighbours(module: fx.GraphModule, context: Context) -> N
 
 def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[int, _Choice]) -> _Choice | None:
     site, options = context.sites[index], context.options
-    assert site.realisation is not None
+    assert site.fit is not None
     taken = {n for c in chosen.values() for n in c.compact if op_name(n) != "linear"}
     try:
         region = grow(module, site, taken)
     except RegionRefused as refusal:
         site.reason = str(refusal)
         return None
-    keep = 1 - site.realisation.drawn_rate
-    groups = site.realisation.groups
+    keep = 1 - site.fit.drawn_rate
+    groups = site.fit.groups
     prices = region_prices(region, keep, lambda node: _keeps(node, context, chosen), context.costs, groups)
     compact = cut(region, prices if options.min_speedup > 0 else everything_prices(region))
     site.predicted_speedup = sum(prices.dense.values()) / max(price(region, compact, prices), 1)
@@ -103,12 +103,12 @@ def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple
     for index, choice in chosen.items():
         if node not in choice.compact:
             continue
-        realisation = context.sites[index].realisation
-        assert realisation is not None
+        fit = context.sites[index].fit
+        assert fit is not None
         if node in choice.region.sinks:
-            keep_in = 1 - realisation.drawn_rate
+            keep_in = 1 - fit.drawn_rate
         else:
-            keep_out = 1 - realisation.drawn_rate
+            keep_out = 1 - fit.drawn_rate
     return keep_in, keep_out
 
 

@@ -39,10 +39,10 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         return "the weight of a Linear that reads it drops tiles for another site"
     shapes = [linear_products(user)[1:3] for user in linears]
     try:
-        site.realisation = context.options.pattern.realise(min(pattern.tiles(*shape) for shape in shapes), site.rate)
+        site.fit = context.options.pattern.fit(min(pattern.tiles(*shape) for shape in shapes), site.rate)
     except PatternRefused as refusal:
         return str(refusal)
-    dense, tiled = tiled_times(site.node, linears, site.realisation.keep, context.costs)
+    dense, tiled = tiled_times(site.node, linears, site.fit.keep, context.costs)
     site.predicted_speedup = dense / tiled
     if site.predicted_speedup < context.options.min_speedup:
         return f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={context.options.min_speedup:g}"
@@ -52,7 +52,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         m, n, k, products = linear_products(user)
         flops = 2 * m * n * k * products
         site.flops_dense += flops
-        site.flops_compact += round(flops * site.realisation.keep)
+        site.flops_compact += round(flops * site.fit.keep)
     context.flops_compact -= site.flops_dense - site.flops_compact
     return ""
 

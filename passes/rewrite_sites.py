@@ -1,4 +1,4 @@
-"""dropout(x) -> take(x) * scale, with a take or a put wherever a value is read in the other form.
+"""dropout(x) -> gather(x) * scale, with a take or a put wherever a value is read in the other form.
 
 After this pass every node reads its operands in the form that the plan gave it; Linears and views still have their
 dense spelling.
@@ -30,10 +30,10 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
             if have == want:
                 continue
             with graph.inserting_after(operand):
-                source = _put(operand, have, context, converted) if have else operand
+                source = _scatter(operand, have, context, converted) if have else operand
             if want:
                 with graph.inserting_before(node):
-                    source = _take(source, operand, node, want, context, converted)
+                    source = _gather(source, operand, node, want, context, converted)
             node.replace_input_with(operand, source)
     for index, draw in context.draws.items():
         site = context.sites[index]
@@ -63,7 +63,7 @@ def kept_of(graph: fx.Graph, form: Form, context: Context) -> KeptNodes:
     return KeptNodes(starts, run, leading)
 
 
-def _take(
+def _gather(
     source: fx.Node,
     dense: fx.Node,
     reader: fx.Node,
@@ -79,20 +79,20 @@ def _take(
     key = (source, form, reader.meta.get("after_effects"))
     if key not in done or "pinned" in dense.meta:  # a write between two readers changes what they take
         starts, run, leading = kept_of(graph, form, context)
-        done[key] = insert(graph, ops.take_op, (source, starts, run, form.axis.dim, leading), like=dense)
+        done[key] = insert(graph, ops.gather_op, (source, starts, run, form.axis.dim, leading), like=dense)
         done[key].meta.pop("reads", None)
         done[key].meta["form"] = form
     return done[key]
 
 
-def _put(operand: fx.Node, form: Form, context: Context, done: dict[Any, fx.Node]) -> fx.Node:
+def _scatter(operand: fx.Node, form: Form, context: Context, done: dict[Any, fx.Node]) -> fx.Node:
     key = (operand, None)
     if key not in done:
         graph, value = operand.graph, value_of(operand)
         assert value is not None
         units = value.shape[form.axis.dim]
         starts, run, leading = kept_of(graph, form, context)
-        done[key] = insert(graph, ops.put_op, (operand, starts, run, form.axis.dim, units, leading), like=operand)
+        done[key] = insert(graph, ops.scatter_op, (operand, starts, run, form.axis.dim, units, leading), like=operand)
         done[key].meta = {"val": value}
     return done[key]
 

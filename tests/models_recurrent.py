@@ -210,7 +210,7 @@ class WeightDrop(nn.Module):
         """The dropped weight is no parameter, which cuDNN's flat buffer could hold."""
         return
 
-    def put_weights(self) -> None:
+    def scatter_weights(self) -> None:
         for name in self.names:
             raw = getattr(self.module, f"{name}_raw")
             if self.variational:
@@ -222,7 +222,7 @@ class WeightDrop(nn.Module):
             setattr(self.module, name, weight)
 
     def forward(self, *args: Any) -> Any:
-        self.put_weights()
+        self.scatter_weights()
         return self.module.forward(*args)
 
 
@@ -239,7 +239,7 @@ class WeightDropOutside(nn.Module):
             setattr(self.module, name, weight.detach().clone())
             self.module.flatten_parameters = self.leave_flat  # type: ignore[assignment]
 
-    def put_weights(self) -> None:
+    def scatter_weights(self) -> None:
         for name in self.names:
             raw = getattr(self, f"{name}_raw")
             setattr(self.module, name, F.dropout(raw, p=self.p) if self.training else raw.clone())
@@ -248,7 +248,7 @@ class WeightDropOutside(nn.Module):
         return
 
     def forward(self, *args: Any) -> Any:
-        self.put_weights()
+        self.scatter_weights()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
             return self.module(*args)
@@ -319,7 +319,7 @@ class BothWays(nn.Module):
 
 class CalledTwice(WeightDrop):
     def forward(self, x: Tensor) -> Tensor:
-        self.put_weights()
+        self.scatter_weights()
         return self.module(self.module(x)[0])[0]
 
 
@@ -328,7 +328,7 @@ class ReadsBefore(WeightDropOutside):
 
     def forward(self, *args: Any) -> Any:
         last = self.module.weight_hh_l0
-        self.put_weights()
+        self.scatter_weights()
         out, state = self.module(*args)
         return out * (1 + 0 * last.detach().sum()), state
 

@@ -120,9 +120,9 @@ def cost(region: Region, compact: set[fx.Node], prices: Prices) -> float:
         before, after = value in region.before, value in region.forms and value not in region.before
         if value in compact and value in region.forms and as_dense:
             # dropped values were never computed before the site; after it they are known to be 0
-            total += math.inf if before else prices.put[value]
+            total += math.inf if before else prices.scatter[value]
         elif not (value in compact and value in region.forms) and as_compact:
-            total += math.inf if after else prices.take[value]
+            total += math.inf if after else prices.gather[value]
     return total
 
 

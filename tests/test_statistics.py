@@ -15,7 +15,7 @@ from dropfx.draws.draw_plan import DrawPlan, TileDraw
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.pattern_statistics.exact import Bernoulli, exact, grid, place_weights
 from dropfx.pattern_statistics.sampled import masks, sample
-from dropfx.patterns import Block, Kept, Pattern, Realisation, Row, Slice, Tile
+from dropfx.patterns import Block, Fit, Kept, Pattern, Row, Slice, Tile
 from tests.statistics_of_draws import assert_binomial, smallest_bias
 
 FAMILIES: list[tuple[Pattern, int, float]] = [
@@ -36,9 +36,9 @@ FAMILIES: list[tuple[Pattern, int, float]] = [
 ALARM = 1e-6
 
 
-def fitted(pattern: Pattern, units: int, rate: float, groups: int = 1) -> Realisation:
+def fitted(pattern: Pattern, units: int, rate: float, groups: int = 1) -> Fit:
     length = pattern.tiles(units, units) if isinstance(pattern, Tile) else units
-    return pattern.realise(length, rate, groups)
+    return pattern.fit(length, rate, groups)
 
 
 def law(pattern: Pattern, units: int, rate: float) -> tuple[Tensor, Tensor]:
@@ -220,10 +220,10 @@ class Pairs(Pattern):
 
     name = "pairs"
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        return Realisation(units, run=1, count=units // 2, numbers=units // 2, drawn_rate=0.5, groups=groups)
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        return Fit(units, run=1, count=units // 2, numbers=units // 2, drawn_rate=0.5, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         return [Kept(row, 1, fit.scale) for row in torch.arange(0, fit.units, 2) + (hashes >> 40) % 2]
 
 
@@ -295,7 +295,7 @@ def test_neighbours_are_dropped_together_as_the_closed_form_says(pattern: Patter
 def test_draws_of_tiles_agree_with_their_diagonals() -> None:
     """What the statistics read, the diagonals, is what the weight's mask shows."""
     pattern = Tile((8, 8))
-    plan = DrawPlan(["site"], [pattern.realise(8, 0.5)], pattern, torch.device("cpu"))
+    plan = DrawPlan(["site"], [pattern.fit(8, 0.5)], pattern, torch.device("cpu"))
     for number in range(20):
         (draw,) = plan.draw(torch.tensor(number))
         assert isinstance(draw, TileDraw)
@@ -310,21 +310,21 @@ def test_draws_of_tiles_agree_with_their_diagonals() -> None:
 class LateSlice(Slice):
     """Never begins at the last units."""
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         return super().choose(hashes % (fit.units * 15 // 16), fit)
 
 
 class LazyRow(Row):
     """Uses the upper half of its numbers' range only: no period is 1."""
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         return super().choose((hashes >> 1) + 2**62, fit)
 
 
 class StickyBlock(Block):
     """Keeps block 0 a little more often than the others."""
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         hashes = hashes.clone()
         hashes[:, 0] += (2**63 - 1 - hashes[:, 0]) // 8
         return super().choose(hashes, fit)
@@ -333,7 +333,7 @@ class StickyBlock(Block):
 class EarlyTile(Tile):
     """Takes the first of its biases too often."""
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list:
+    def choose(self, hashes: Tensor, fit: Fit) -> list:
         hashes = hashes.clone()
         hashes[:, 1] *= hashes[:, 1] % 8 > 0
         return super().choose(hashes, fit)

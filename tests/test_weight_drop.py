@@ -167,7 +167,7 @@ class AlsoPenalised(WeightDrop):
     """The dropped weight is read a second time, after it was written: as the value that it is."""
 
     def forward(self, *args: Any) -> Any:
-        self.put_weights()
+        self.scatter_weights()
         out, state = self.module.forward(*args)
         return out + 1e-3 * self.module.weight_hh_l0.square().sum(), state
 

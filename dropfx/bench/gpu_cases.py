@@ -159,7 +159,7 @@ def _contenders(
 
     On a GPU each is a CUDA graph, whose time is the device's alone, and the kernels' tiles are tuned.
     """
-    importlib.import_module("dropfx.ops.by_kernels")  # registers the ops of Triton
+    importlib.import_module("dropfx.ops.triton_ops")  # registers the ops of Triton
     registered = torch.ops.dropfx
     contenders: dict[str, _Ops | None] = {
         "cuBLAS": None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dropfx.draws.runtime import shared
-from dropfx.patterns import Block, Kept, KeptTiles, Pattern, Realisation, Slice, padded_scale, unwrapped
+from dropfx.patterns import Block, Fit, Kept, KeptTiles, Pattern, Slice, padded_scale, unwrapped
 
 if TYPE_CHECKING:
     from dropfx.kernels.draw import DrawLaunch
@@ -73,13 +73,13 @@ class Draw(NamedTuple):
 
     Attributes:
         starts, run, scale: as in `patterns.Kept`.
-        realisation: the pattern fitted to the site's axis.
+        fit: the pattern fitted to the site's axis.
     """
 
     starts: Tensor
     run: int
     scale: float | Tensor
-    realisation: Realisation
+    fit: Fit
 
     @property
     def width(self) -> int:
@@ -92,13 +92,13 @@ class Draw(NamedTuple):
 
     def units(self) -> Tensor:
         """Kept units, int64 [(groups,) width], padding wrapped to the axis' beginning."""
-        return unwrapped(self.starts, self.run) % self.realisation.units
+        return unwrapped(self.starts, self.run) % self.fit.units
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Dense multiplier [(groups,) units]: 0 where dropped, the scale where kept."""
         units = self.units()
         scale = torch.as_tensor(self.scale, dtype=dtype, device=units.device).expand_as(units)
-        mask = torch.zeros(*units.shape[:-1], self.realisation.units, dtype=dtype, device=units.device)
+        mask = torch.zeros(*units.shape[:-1], self.fit.units, dtype=dtype, device=units.device)
         return mask.scatter_add_(-1, units, scale)
 
 
@@ -138,12 +138,12 @@ class DrawPlan:
     """
 
     names: Sequence[str]
-    realisations: Sequence[Realisation]
+    fits: Sequence[Fit]
     pattern: Pattern
     device: torch.device
     by_kernel: bool = False
     _launch: DrawLaunch | None = field(init=False, repr=False, default=None)
-    _batches: list[tuple[Realisation, list[int], Tensor]] = field(init=False, repr=False)
+    _batches: list[tuple[Fit, list[int], Tensor]] = field(init=False, repr=False)
     _source: torch.device = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -151,14 +151,14 @@ class DrawPlan:
         if self.by_kernel and (launch := self._make_launch()) is not None:
             self._launch, self._batches = launch, []
             return
-        members: dict[Realisation, list[int]] = {}
-        for index, realisation in enumerate(self.realisations):
-            members.setdefault(realisation, []).append(index)
+        members: dict[Fit, list[int]] = {}
+        for index, fit in enumerate(self.fits):
+            members.setdefault(fit, []).append(index)
         self._batches = [(shape, sites, self._counters(shape, sites)) for shape, sites in members.items()]
 
     def _make_launch(self) -> DrawLaunch | None:
         """The kernel for this plan; None where it does not serve it: lattices, groups, very many blocks."""
-        fits = self.realisations
+        fits = self.fits
         if not fits or type(self.pattern) not in (Block, Slice) or any(fit.groups > 1 for fit in fits):
             return None
         from dropfx.kernels.draw import MAX_SLOTS, DrawLaunch, DrawnSite  # imports Triton
@@ -172,7 +172,7 @@ class DrawPlan:
         ]
         return DrawLaunch(sites, (_signed(_GOLDEN), *_FACTORS), self.device, window)
 
-    def _counters(self, shape: Realisation, sites: list[int]) -> Tensor:
+    def _counters(self, shape: Fit, sites: list[int]) -> Tensor:
         keys = torch.tensor([_signed(site_key(self.names[i])) for i in sites], dtype=torch.int64)
         steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, shape.numbers + 1)], dtype=torch.int64)
         return (keys[:, None] + steps).to(self._source)
@@ -187,7 +187,7 @@ class DrawPlan:
         rank_step = _signed(data_parallel_rank() * _GOLDEN)
         if self._launch is not None:
             drawn = self._launch(number, rank_step)
-            return [_of_starts(starts, fit) for starts, fit in zip(drawn, self.realisations, strict=True)]
+            return [_of_starts(starts, fit) for starts, fit in zip(drawn, self.fits, strict=True)]
         if rank_step:
             number = _mix(number + rank_step)
         draws: list[Any] = [None] * len(self.names)
@@ -196,7 +196,7 @@ class DrawPlan:
                 draws[index] = self._placed(kept, shape)
         return draws
 
-    def _placed(self, kept: Kept | KeptTiles, shape: Realisation) -> Draw | TileDraw:
+    def _placed(self, kept: Kept | KeptTiles, shape: Fit) -> Draw | TileDraw:
         if isinstance(kept, KeptTiles):
             return TileDraw(*kept)
         if self._source == self.device:
@@ -206,6 +206,6 @@ class DrawPlan:
         return Draw(starts.to(self.device, non_blocking=True), run, scale, shape)
 
 
-def _of_starts(starts: Tensor, fit: Realisation) -> Draw:
+def _of_starts(starts: Tensor, fit: Fit) -> Draw:
     scale = padded_scale(starts, fit.run, fit.units, fit.scale) if fit.ragged else fit.scale
     return Draw(starts, fit.run, scale, fit)

@@ -12,7 +12,7 @@ from dropfx.draws.runtime import Frame
 from dropfx.graph.pass_infra import Context, Site
 from dropfx.ops.groups import by_row
 from dropfx.ops.triton_available import why_no_kernels
-from dropfx.patterns import Realisation, Tile
+from dropfx.patterns import Fit, Tile
 
 
 class SiteDraws:
@@ -23,7 +23,7 @@ class SiteDraws:
         fits: the pattern fitted to each of context.sites at its present rate; None for sites that run as written.
     """
 
-    def __init__(self, context: Context, fits: Sequence[Realisation | None]) -> None:
+    def __init__(self, context: Context, fits: Sequence[Fit | None]) -> None:
         self._context = context
         # a compiler would take a varying length of a run for a constant; it may vary the number of runs
         self._vary = context.options.pattern.on_host and not context.eager

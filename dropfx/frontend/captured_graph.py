@@ -25,7 +25,7 @@ from dropfx.frontend.whole_calls import unfold
 from dropfx.graph.pass_infra import Site
 from dropfx.options import Options
 from dropfx.passes import AS_WRITTEN
-from dropfx.patterns import PatternRefused, Realisation
+from dropfx.patterns import Fit, PatternRefused
 
 _numbers = itertools.count()
 Runs = Callable[..., Sequence[Any]]
@@ -208,14 +208,14 @@ def _rate(site: Site, rates: tuple[float, ...]) -> float:
     return site.rate if site.live is None else rates[site.live]
 
 
-def _kind(rate: float, site: Site, options: Options) -> tuple[str, Realisation | None]:
+def _kind(rate: float, site: Site, options: Options) -> tuple[str, Fit | None]:
     """What must not change about a rate, and the pattern fitted to it where the site is rewritten."""
     if not 0 < rate < 1:
         return f"{rate!r}", None
-    if not site.rewritten or site.realisation is None:
+    if not site.rewritten or site.fit is None:
         return "drops", None
     try:
-        fit = options.pattern.realise(site.realisation.units, rate, site.groups)
+        fit = options.pattern.fit(site.fit.units, rate, site.groups)
     except PatternRefused:
         return "not drawable", None
     return ("ragged" if fit.ragged else "drawn"), fit

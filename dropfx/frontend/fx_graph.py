@@ -194,7 +194,7 @@ class Draws(nn.Module):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.places = [(index, field) for index in context.draws for field in context.options.pattern.fields]
-        self.record = Record(SiteDraws(context, [site.realisation for site in context.sites]))
+        self.record = Record(SiteDraws(context, [site.fit for site in context.sites]))
 
     def forward(self) -> list[Any]:
         """What enters the graph."""

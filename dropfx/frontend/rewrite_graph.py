@@ -144,7 +144,7 @@ def _tensors_alone(
     """Keep the tensors of the draws as inputs, and put the numbers, which never change, in their places."""
     pattern = context.options.pattern
     with numbers_of_their_own():
-        drawn = SiteDraws(context, [site.realisation for site in context.sites]).draw()
+        drawn = SiteDraws(context, [site.fit for site in context.sites]).draw()
     inputs: list[tuple[int, str]] = []
     examples: list[Tensor] = []
     for index, nodes in context.draws.items():

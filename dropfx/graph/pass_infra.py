@@ -17,7 +17,7 @@ from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.nodes import clean_up
 from dropfx.options import Options
-from dropfx.patterns import Realisation
+from dropfx.patterns import Fit
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Site:
         groups: draws a call.
         steps_second: the groups are steps, which lie on the tensor's second axis as the model has it.
         weights: shapes of the weights that drop tiles for it.
-        realisation: the pattern fitted to the axis, None where it does not fit.
+        fit: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
     """
 
@@ -48,7 +48,7 @@ class Site:
     groups: int = 1
     steps_second: bool = False
     weights: list[tuple[int, int]] = field(default_factory=list)
-    realisation: Realisation | None = None
+    fit: Fit | None = None
     reason: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -96,7 +96,7 @@ class Context:
         return {
             draw["scale"]
             for index, draw in self.draws.items()
-            if (fit := self.sites[index].realisation) is not None and not fit.ragged
+            if (fit := self.sites[index].fit) is not None and not fit.ragged
         }
 
 

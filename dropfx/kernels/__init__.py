@@ -8,7 +8,7 @@ from dropfx.kernels.draw import MAX_SLOTS, DrawLaunch, DrawnSite
 from dropfx.kernels.epilogue import ACTIVATIONS
 from dropfx.kernels.matmul import gathered_matmul
 from dropfx.kernels.tiles import tiled_matmul, tiled_weight_gradient
-from dropfx.kernels.units import put_units, take_units
+from dropfx.kernels.units import gather_units, scatter_units
 from dropfx.kernels.weight_gradient import bias_gradient, weight_gradient
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "DrawnSite",
     "bias_gradient",
     "gathered_matmul",
-    "put_units",
-    "take_units",
+    "scatter_units",
+    "gather_units",
     "tiled_matmul",
     "tiled_weight_gradient",
     "weight_gradient",

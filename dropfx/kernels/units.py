@@ -1,4 +1,4 @@
-"""take(x)[o, j] = x[o, kept[j]]     put(y)[o, kept[j]] = base[o, kept[j]] + alpha * y[o, j],  base (or 0) elsewhere.
+"""gather(x)[o, j] = x[o, kept[j]]   scatter(y)[o, kept[j]] = base[o, kept[j]] + alpha * y[o, j], base (or 0) elsewhere.
 
 Tensors are seen as [outer, units, inner]. Legend: o an outer row, q a place in the flattened [units * inner], of which
 CHUNK lie side by side in the compact tensor and in the dense one.
@@ -32,7 +32,7 @@ def _place(places, BLOCK_O: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["outers", "width", "units", "leading", "groups"])
-def _take(
+def _gather(
     x,  # [outer, units, inner]
     out,  # [outer, width, inner]
     starts,
@@ -68,7 +68,7 @@ def _take(
 
 
 @triton.jit(do_not_specialize=["outers", "width", "units", "leading", "groups"])
-def _put(
+def _scatter(
     y,  # [outer, width, inner]
     base,  # [outer, units, inner]
     out,  # [outer, units, inner]
@@ -132,7 +132,7 @@ def _options(kept: Axis, inner: int) -> dict[str, int]:
 
 
 @on_its_device
-def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
+def gather_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
     """Compact copy of the kept units of axis `dim`; with groups x's first axis is the one of length `leading`."""
     out = _resized(x, dim, kept.width)
     if not out.numel():
@@ -140,7 +140,7 @@ def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
     x = x.contiguous()
     outer, inner = _seen(x, dim)
     starts, step = kept.arguments(x)
-    _take[_grid(outer, kept.width * inner)](
+    _gather[_grid(outer, kept.width * inner)](
         *(x, out, starts, outer, kept.width, kept.units, inner, leading, kept.groups, step),
         RUN=kept.run,
         WRAPS=kept.wraps,
@@ -150,7 +150,7 @@ def take_units(x: Tensor, dim: int, kept: Axis, leading: int = 1) -> Tensor:
 
 
 @on_its_device
-def put_units(
+def scatter_units(
     y: Tensor, dim: int, kept: Axis, leading: int = 1, base: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
     """Dense tensor with alpha * y at the kept units of axis `dim`, added to `base` where given; not for padding.
@@ -164,7 +164,7 @@ def put_units(
         return out
     y = y.contiguous()
     outer, inner = _seen(y, dim)
-    _put[_grid(outer, kept.units * inner)](
+    _scatter[_grid(outer, kept.units * inner)](
         *(y, y if base is None else base.contiguous(), out, inverse(kept)),
         *(outer, kept.width, kept.units, inner, leading, kept.groups, kept.units, alpha),
         BASE=base is not None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dropfx.ops.define import define, eager, first_derivative_only, whole
 from dropfx.ops.groups import KeptAxis, pieces
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.runs import Runs, gather, scatter
 
 
 def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx:
 def _look_up(ids: Tensor, weight: Tensor, kept: Runs | None) -> Tensor:
     assert kept is not None
     if not kept.tile(weight.size(1)) or not weight.is_contiguous():
-        return take(weight.index_select(0, ids), 1, kept).contiguous()
+        return gather(weight.index_select(0, ids), 1, kept).contiguous()
     tiles = ids[:, None] * (weight.size(1) // kept.run) + kept.blocks()
     return weight.view(-1, kept.run).index_select(0, tiles.view(-1)).view(-1, kept.width)
 
@@ -50,7 +50,7 @@ def _spread(grad: Tensor, ids: Tensor, kept: Runs | None, rows: int, units: int)
     assert kept is not None
     if not kept.tile(units):
         compact = grad.new_zeros(rows, kept.width).index_add_(0, ids, grad)
-        return put(compact, 1, kept, units)
+        return scatter(compact, 1, kept, units)
     tiles = (ids[:, None] * (units // kept.run) + kept.blocks()).view(-1)
     tiled = grad.new_zeros(rows * units // kept.run, kept.run)
     return tiled.index_add_(0, tiles, grad.reshape(-1, kept.run)).view(rows, units)

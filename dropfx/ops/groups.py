@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.runs import Runs, gather, scatter
 
 
 class KeptAxis(NamedTuple):
@@ -79,18 +79,18 @@ def pieces(rows: int, *axes: KeptAxis) -> list[Piece]:
     ]
 
 
-def take_groups(x: Tensor, dim: int, kept: KeptAxis) -> Tensor:
+def gather_groups(x: Tensor, dim: int, kept: KeptAxis) -> Tensor:
     """`runs.take`, each row by the draw of its group."""
     if not kept.grouped:
-        return take(x, dim, _shared(kept))
-    return _by_group(x, dim, kept, lambda part, runs: take(part, 1, runs))
+        return gather(x, dim, _shared(kept))
+    return _by_group(x, dim, kept, lambda part, runs: gather(part, 1, runs))
 
 
-def put_groups(y: Tensor, dim: int, kept: KeptAxis, units: int) -> Tensor:
+def scatter_groups(y: Tensor, dim: int, kept: KeptAxis, units: int) -> Tensor:
     """`runs.put`, each row by the draw of its group."""
     if not kept.grouped:
-        return put(y, dim, _shared(kept), units)
-    return _by_group(y, dim, kept, lambda part, runs: put(part, 1, runs, units))
+        return scatter(y, dim, _shared(kept), units)
+    return _by_group(y, dim, kept, lambda part, runs: scatter(part, 1, runs, units))
 
 
 def _by_group(x: Tensor, dim: int, kept: KeptAxis, move: Callable[[Tensor, Any], Tensor]) -> Tensor:

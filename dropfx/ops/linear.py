@@ -5,8 +5,8 @@ multiply kept units only. The weight's gradient arrives dense with exact zeros a
 
 Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimensions
     dX [M, K'] = scale * dY [M, N'] @ W[rows][:, cols] [N', K']
-    dW [N, K]  = put(scale * dY^T [N', M] @ X [M, K'])
-    db [N]     = put(sum over M of dY)
+    dW [N, K]  = scatter(scale * dY^T [N', M] @ X [M, K'])
+    db [N]     = scatter(sum over M of dY)
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
+from dropfx.ops.gathered_weight import worth_gathering_again
 from dropfx.ops.groups import KeptAxis, pieces
-from dropfx.ops.kept_weight import worth_gathering_again
 from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
-from dropfx.ops.runs import KeptWeight, put, runs, stored_transposed, take
+from dropfx.ops.runs import GatheredWeight, gather, runs, scatter, stored_transposed
 
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
 
 
-def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: KeptWeight, scale: float) -> Tensor:
+def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: GatheredWeight, scale: float) -> Tensor:
     if x.size(-1) != compact.size(1):
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
-    kept_bias = bias if bias is None or kept.rows is None else take(bias, 0, kept.rows)
+    kept_bias = bias if bias is None or kept.rows is None else gather(bias, 0, kept.rows)
     return whole(scaled_linear(x, compact, kept_bias, scale))
 
 
@@ -39,18 +39,18 @@ def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
     return scaled_mm(grad, compact.to(grad.dtype), scale)
 
 
-def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeight, scale: float) -> Tensor:
+def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: GatheredWeight, scale: float) -> Tensor:
     """dense + the gradient from these rows, in place; where `dense` is None, a new tensor, stored as the weight is."""
     if kept.flipped is not None:
         return _weight_gradient(None if dense is None else dense.t(), x, dy, kept.flipped, scale).t()
     if torch.is_grad_enabled():
-        made = kept.put(scaled_mm(dy.t(), x, scale).to(kept.dtype))
+        made = kept.scatter(scaled_mm(dy.t(), x, scale).to(kept.dtype))
         return made if dense is None else dense + made
     if dense is None and kept.dtype == dy.dtype and (starts := kept.row_blocks()) is not None:
         return _product_in_rows(dy, x, kept, starts, scale)
     if kept.tiles is None:
         product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
-        return kept.put(product) if dense is None else kept.add(dense, product)
+        return kept.scatter(product) if dense is None else kept.add(dense, product)
     add = dense is not None
     dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype) if dense is None else dense
     parts = -(-_PARTS * dy.size(1) * x.size(1) // dense.numel())
@@ -69,7 +69,7 @@ def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: KeptWeig
     return dense
 
 
-def _product_in_rows(dy: Tensor, x: Tensor, kept: KeptWeight, starts: list[int], scale: float) -> Tensor:
+def _product_in_rows(dy: Tensor, x: Tensor, kept: GatheredWeight, starts: list[int], scale: float) -> Tensor:
     """The gradient where whole rows are kept, in its own memory.
 
     The product fills the first rows; then its blocks of rows move to their places, the last one first: no place lies
@@ -89,9 +89,9 @@ def _product_in_rows(dy: Tensor, x: Tensor, kept: KeptWeight, starts: list[int],
     return dense
 
 
-def _bias_gradient(grad: Tensor, kept: KeptWeight) -> Tensor:
+def _bias_gradient(grad: Tensor, kept: GatheredWeight) -> Tensor:
     db = grad.sum(0).to(kept.dtype)
-    return db if kept.rows is None else put(db, 0, kept.rows, kept.n)
+    return db if kept.rows is None else scatter(db, 0, kept.rows, kept.n)
 
 
 class _Part(NamedTuple):
@@ -99,13 +99,13 @@ class _Part(NamedTuple):
 
     low: int
     high: int
-    kept: KeptWeight
+    kept: GatheredWeight
 
 
 def _parts(x: Tensor, weight: Tensor, rows: KeptAxis, cols: KeptAxis) -> list[_Part]:
     if not rows.grouped and not cols.grouped:
-        return [_Part(0, _rows(x), KeptWeight(weight, runs(rows.starts, rows.run), runs(cols.starts, cols.run)))]
-    return [_Part(p.low, p.high, KeptWeight(weight, *p.runs)) for p in pieces(_rows(x), rows, cols)]
+        return [_Part(0, _rows(x), GatheredWeight(weight, runs(rows.starts, rows.run), runs(cols.starts, cols.run)))]
+    return [_Part(p.low, p.high, GatheredWeight(weight, *p.runs)) for p in pieces(_rows(x), rows, cols)]
 
 
 def _rows(x: Tensor) -> int:
@@ -114,7 +114,7 @@ def _rows(x: Tensor) -> int:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
-    found = [_forward(flat[low:high], kept.take(weight), bias, kept, scale) for low, high, kept in parts]
+    found = [_forward(flat[low:high], kept.gather(weight), bias, kept, scale) for low, high, kept in parts]
     return whole(torch.cat(found).view(*x.shape[:-1], found[0].size(1)))
 
 
@@ -130,7 +130,7 @@ def _gradients(
     dy = grad.reshape(-1, grad.size(-1))
     dx = dw = db = None
     if weight is not None:
-        found = [_input_gradient(dy[low:high], kept.take(weight), scale) for low, high, kept in parts]
+        found = [_input_gradient(dy[low:high], kept.gather(weight), scale) for low, high, kept in parts]
         dx = found[0] if len(found) == 1 else torch.cat(found)
         dx = dx.view(*grad.shape[:-1], dx.size(1))
     if x is not None:
@@ -159,7 +159,7 @@ def _linear(
     parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
     if len(parts) == 1:
         kept = parts[0].kept
-        return _forward(x, kept.take(weight), bias, kept, scale)
+        return _forward(x, kept.gather(weight), bias, kept, scale)
     return _product(x, weight, bias, parts, scale)
 
 
@@ -276,7 +276,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         if len(parts) > 1:
             return _product(x, weight, bias, parts, scale)
-        compact = parts[0].kept.take(weight)
+        compact = parts[0].kept.gather(weight)
         # one kept weight serves the input gradient too; of several groups they would add up
         is_view = torch._C._is_alias_of(compact, weight)  # type: ignore[attr-defined]
         if wants_x and (is_view or not worth_gathering_again(x, compact)):

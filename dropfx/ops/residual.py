@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager
-from dropfx.ops.groups import KeptAxis, put_groups
-from dropfx.ops.runs import Runs, take
-from dropfx.ops.units import take_op
+from dropfx.ops.groups import KeptAxis, scatter_groups
+from dropfx.ops.runs import Runs, gather
+from dropfx.ops.units import gather_op
 
 
 def dense_shape(y: Tensor, dim: int, units: int) -> list[int]:
@@ -31,11 +31,11 @@ def _residual_add(
     dense = base.to(torch.result_type(base, y)).expand(shape)
     shared = Runs(starts, run)
     if kept.grouped or not shared.tile(units):
-        return dense + put_groups(y * alpha, dim, kept, units)
+        return dense + scatter_groups(y * alpha, dim, kept, units)
     out = dense.clone(memory_format=torch.contiguous_format)
     tiled = out.unflatten(dim, (-1, run))
     axis = dim % len(shape)
-    total = torch.add(take(dense, dim, shared), y, alpha=alpha).unflatten(dim, (-1, run))
+    total = torch.add(gather(dense, dim, shared), y, alpha=alpha).unflatten(dim, (-1, run))
     tiled.index_copy_(axis, shared.blocks(), total)
     return out
 
@@ -57,7 +57,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(starts)
 
 
-def formula(take_units: Any) -> Callable[..., tuple[Any, ...]]:
+def formula(gather_units: Any) -> Callable[..., tuple[Any, ...]]:
     """The derivative by a take."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -66,14 +66,14 @@ def formula(take_units: Any) -> Callable[..., tuple[Any, ...]]:
         base = grad.sum_to_size(ctx.base[0]).to(ctx.base[1]) if ctx.mask[0] else None
         y = None
         if ctx.mask[1]:
-            taken = take_units(grad, starts, ctx.run, ctx.dim, ctx.leading) * ctx.alpha
+            taken = gather_units(grad, starts, ctx.run, ctx.dim, ctx.leading) * ctx.alpha
             y = taken.sum_to_size(ctx.y[0]).to(ctx.y[1])
         return base, y, *[None] * 6
 
     return backward
 
 
-torch.library.register_autograd(residual_add_op, formula(take_op), setup_context=_save)
+torch.library.register_autograd(residual_add_op, formula(gather_op), setup_context=_save)
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -98,7 +98,7 @@ class _ResidualAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The kept units of grad for y, all of them for base, summed where these were broadcast."""
-        return formula(EAGER[take_op])(ctx, grad)
+        return formula(EAGER[gather_op])(ctx, grad)
 
 
 eager(residual_add_op, _ResidualAdd)

@@ -58,7 +58,7 @@ def runs(starts: Tensor | None, run: int) -> Runs | None:
     return None if starts is None else Runs(starts, run)
 
 
-def take(x: Tensor, dim: int, kept: Runs) -> Tensor:
+def gather(x: Tensor, dim: int, kept: Runs) -> Tensor:
     """Compact copy (for a window that does not wrap: a view) of the kept units of axis `dim`."""
     units = x.size(dim)
     start = kept.window()
@@ -74,12 +74,12 @@ def take(x: Tensor, dim: int, kept: Runs) -> Tensor:
     return tiled.index_select(dim, kept.blocks()).flatten(dim, dim + 1)
 
 
-def put(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
+def scatter(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
     """Dense tensor with the kept units of axis `dim` from y, zeros elsewhere: the adjoint of `take`."""
     dim %= y.dim()
     start = kept.window()
     if start is not None:
-        return _put_window(y, dim, start, units)
+        return _scatter_window(y, dim, start, units)
     if not kept.tile(units):
         # padding of a ragged block wraps onto kept units, where it must add its zeros and not overwrite
         return y.new_zeros(_resized(y, dim, units)).index_add_(dim, kept.units(units), y)
@@ -90,7 +90,7 @@ def put(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
     return dense.index_copy_(dim, kept.blocks(), tiled).flatten(dim, dim + 1)
 
 
-def _put_window(y: Tensor, dim: int, start: int, units: int) -> Tensor:
+def _scatter_window(y: Tensor, dim: int, start: int, units: int) -> Tensor:
     kept = y.size(dim)
     if start + kept <= units:
         before = y.new_zeros(_resized(y, dim, start))
@@ -110,7 +110,7 @@ def stored_transposed(weight: Tensor) -> bool:
     return not weight.is_contiguous() and weight.t().is_contiguous()
 
 
-class KeptWeight:
+class GatheredWeight:
     """The kept rows and columns of a weight [N, K]; None keeps all of an axis.
 
     A weight that is stored as [K, N] is `flipped`: whole runs lie in its transpose.
@@ -118,7 +118,7 @@ class KeptWeight:
 
     def __init__(self, weight: Tensor, rows: Runs | None, cols: Runs | None) -> None:
         self.rows, self.cols = rows, cols
-        self.flipped = KeptWeight(weight.t(), cols, rows) if stored_transposed(weight) else None
+        self.flipped = GatheredWeight(weight.t(), cols, rows) if stored_transposed(weight) else None
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         self.partial = rows is not None or cols is not None
@@ -146,31 +146,31 @@ class KeptWeight:
             return None
         return rows.starts.tolist() if rows.tile(self.n) else None
 
-    def take(self, weight: Tensor) -> Tensor:
+    def gather(self, weight: Tensor) -> Tensor:
         """W [N, K] -> W[rows][:, cols] [N', K']; a view where the runs are windows that do not wrap."""
         if self.flipped is not None:
-            return self.flipped.take(weight.t()).t()
+            return self.flipped.gather(weight.t()).t()
         tiles = self.tiles if weight.is_contiguous() else None
         if tiles is None:
-            out = weight if self.rows is None else take(weight, 0, self.rows)
-            return out if self.cols is None else take(out, 1, self.cols)
+            out = weight if self.rows is None else gather(weight, 0, self.rows)
+            return out if self.cols is None else gather(out, 1, self.cols)
         index, width = tiles
         height = self.n if self.rows is None else self.rows.width
         return weight.view(-1, width).index_select(0, index).view(height, -1)
 
-    def put(self, grad: Tensor) -> Tensor:
+    def scatter(self, grad: Tensor) -> Tensor:
         """G [N', K'] -> [N, K] with exact zeros at the dropped rows and columns."""
         if self.flipped is not None:
-            return self.flipped.put(grad.t()).t()
-        out = grad if self.cols is None else put(grad, 1, self.cols, self.k)
-        return out if self.rows is None else put(out, 0, self.rows, self.n)
+            return self.flipped.scatter(grad.t()).t()
+        out = grad if self.cols is None else scatter(grad, 1, self.cols, self.k)
+        return out if self.rows is None else scatter(out, 0, self.rows, self.n)
 
     def add(self, dense: Tensor, grad: Tensor) -> Tensor:
-        """dense [N, K] += put(grad), in place; windows are added to where they lie."""
+        """dense [N, K] += scatter(grad), in place; windows are added to where they lie."""
         rows = _window_parts(self.rows, self.n)
         cols = _window_parts(self.cols, self.k)
         if rows is None or cols is None:
-            return dense.add_(self.put(grad))
+            return dense.add_(self.scatter(grad))
         for here, there, height in rows:
             for left, at, width in cols:
                 dense[there : there + height, at : at + width] += grad[here : here + height, left : left + width]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropfx.ops.define import EAGER, autocast, define, first_derivative_only, whole
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import KeptWeight, Runs, take
+from dropfx.ops.runs import GatheredWeight, Runs, gather
 
 
 class _Side(NamedTuple):
@@ -68,15 +68,15 @@ class _Tiles:
         self.dtype = weight.dtype
         self.rows = _side(self.n, tile[0], period, 0, 1, weight.device)
         self.cols = _side(self.k, tile[1], period, offset, -1, weight.device)
-        self.parts: list[tuple[slice, slice, KeptWeight]] = []
+        self.parts: list[tuple[slice, slice, GatheredWeight]] = []
         for (top, height, rows), (left, width, cols) in zip(self.rows.classes(), self.cols.classes(), strict=True):
             if height and width:
-                kept = KeptWeight(weight, rows, cols)
+                kept = GatheredWeight(weight, rows, cols)
                 self.parts.append((slice(top, top + height), slice(left, left + width), kept))
 
-    def take(self, weight: Tensor) -> list[Tensor]:
+    def gather(self, weight: Tensor) -> list[Tensor]:
         """The kept weight of each part."""
-        return [kept.take(weight) for _, _, kept in self.parts]
+        return [kept.gather(weight) for _, _, kept in self.parts]
 
 
 def _restored(parts: list[tuple[slice, Tensor]], like: Tensor, side: _Side) -> Tensor:
@@ -87,13 +87,13 @@ def _restored(parts: list[tuple[slice, Tensor]], like: Tensor, side: _Side) -> T
         for begin, width, _ in side.classes()
         if width
     ]
-    return take(torch.cat(columns, 1), 1, side.back)
+    return gather(torch.cat(columns, 1), 1, side.back)
 
 
 def _forward(x: Tensor, weights: list[Tensor], bias: Tensor | None, tiles: _Tiles, scale: float) -> Tensor:
     if tiles.k != x.size(-1):
         raise RuntimeError(f"tiled linear: input has {x.size(-1)} features, the weight {tiles.k}")
-    flat = take(x.reshape(-1, x.size(-1)), 1, tiles.cols.order)
+    flat = gather(x.reshape(-1, x.size(-1)), 1, tiles.cols.order)
     parts = [
         (rows, scaled_mm(flat[:, cols], weight.t(), scale))
         for (rows, cols, _), weight in zip(tiles.parts, weights, strict=True)
@@ -112,7 +112,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX where `weights` is given, dW where `x` is, db where `bias`."""
     flat = grad.reshape(-1, grad.size(-1))
-    dy = take(flat, 1, tiles.rows.order)
+    dy = gather(flat, 1, tiles.rows.order)
     dx = dw = None
     if weights is not None:
         parts = [
@@ -121,7 +121,7 @@ def _gradients(
         ]
         dx = _restored(parts, dy, tiles.cols).view(*grad.shape[:-1], tiles.k)
     if x is not None:
-        ordered = take(x.reshape(-1, x.size(-1)).to(dy.dtype), 1, tiles.cols.order)
+        ordered = gather(x.reshape(-1, x.size(-1)).to(dy.dtype), 1, tiles.cols.order)
         dw = _weight_gradient(dy, ordered, tiles, scale)
     return dx, dw, None if bias is None else flat.sum(0).to(bias.dtype)
 
@@ -131,7 +131,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, tiles: _Tiles, scale: float) -> Tens
     for rows, cols, kept in tiles.parts:
         product = scaled_mm(dy[:, rows].t(), x[:, cols], scale).to(tiles.dtype)
         if torch.is_grad_enabled() or kept.tiles is None:
-            dense = dense + kept.put(product)
+            dense = dense + kept.scatter(product)
         else:
             index, width = kept.tiles
             dense.view(-1, width).index_copy_(0, index, product.view(-1, width))
@@ -148,7 +148,7 @@ def _tiled_linear(
     scale: float,
 ) -> Tensor:
     tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
-    return _forward(x, tiles.take(weight), bias, tiles, scale)
+    return _forward(x, tiles.gather(weight), bias, tiles, scale)
 
 
 def _tiled_linear_fake(
@@ -174,7 +174,7 @@ def _tiled_linear_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
-    weights = tiles.take(weight) if mask[0] else None
+    weights = tiles.gather(weight) if mask[0] else None
     bias = weight if mask[2] else None  # for its dtype
     dx, dw, db = _gradients(grad, x if mask[1] else None, weights, bias, tiles, scale)
     return (
@@ -243,7 +243,7 @@ class _TiledLinear(torch.autograd.Function):
     ) -> Tensor:
         """y [*, N] = scale * x [*, K] @ (W * kept tiles)^T + b; the kept tiles are held for the input gradient."""
         ctx.tiles = tiles = _Tiles(weight, (tile_rows, tile_cols), lattice)
-        weights = tiles.take(weight)
+        weights = tiles.gather(weight)
         ctx.scale, ctx.dtype, ctx.bias = scale, x.dtype, bias if ctx.needs_input_grad[2] else None
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.weights = weights if wants_x else None
@@ -258,7 +258,7 @@ class _TiledLinear(torch.autograd.Function):
         if weight is not None:
             # with create_graph the kept weights must be part of the graph; a second backward gathers them anew
             reuse = ctx.weights is not None and not torch.is_grad_enabled()
-            weights = ctx.weights if reuse else ctx.tiles.take(weight)
+            weights = ctx.weights if reuse else ctx.tiles.gather(weight)
             ctx.weights = None
         dx, dw, db = _gradients(grad, x, weights, ctx.bias, ctx.tiles, ctx.scale)
         return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 4

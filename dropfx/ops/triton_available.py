@@ -30,11 +30,11 @@ _found: dict[torch.device, str] = {}
 
 def _why_none_launches(device: torch.device) -> str:
     try:
-        from dropfx.kernels import Axis, take_units
+        from dropfx.kernels import Axis, gather_units
 
         with unset_fake_temporarily():  # a compiler may be asking
             starts = torch.zeros(1, dtype=torch.int64, device=device)
-            take_units(torch.zeros(1, 2, device=device), -1, Axis(starts, 1, 2))
+            gather_units(torch.zeros(1, 2, device=device), -1, Axis(starts, 1, 2))
     except Exception as error:  # whatever a compiler, a driver or a launcher raises
         return f"Triton fails here: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return ""

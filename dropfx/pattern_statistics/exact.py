@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropfx.patterns import Block, Kept, Pattern, Realisation, Row, Slice, Tile
+from dropfx.patterns import Block, Fit, Kept, Pattern, Row, Slice, Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ class Bernoulli(Pattern):
 
     name = "bernoulli"
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        """See `Pattern.realise`: meets every rate; no unit is left out of the compact width."""
-        return Realisation(units, run=1, count=units, numbers=units * groups, drawn_rate=rate, groups=groups)
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        """See `Pattern.fit`: meets every rate; no unit is left out of the compact width."""
+        return Fit(units, run=1, count=units, numbers=units * groups, drawn_rate=rate, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         """See `Pattern.choose`: starts are all units, and the scale of those that are dropped is 0."""
         points = (hashes >> 10 & 2**53 - 1).to(torch.float64) / 2**53
         shape = (fit.groups, fit.units) if fit.groups > 1 else (fit.units,)
@@ -78,7 +78,7 @@ def place_weights(pattern: Pattern, units: int) -> Tensor:
     return torch.minimum(diagonals, diagonals.flip(0)).clamp(max=min(rows, columns))
 
 
-def exact(pattern: Pattern, fit: Realisation, units: int) -> Figures | None:
+def exact(pattern: Pattern, fit: Fit, units: int) -> Figures | None:
     """Closed forms for one group of a pattern; None where its class has none.
 
     Args:
@@ -111,7 +111,7 @@ def mean_pair(share_sd: float, places: float, keep: float) -> float:
     return (places * share_sd**2 / (keep * (1.0 - keep)) - 1.0) / (places - 1)
 
 
-def _bernoulli(fit: Realisation) -> Figures:
+def _bernoulli(fit: Fit) -> Figures:
     n, keep = fit.units, fit.keep
     kept = torch.arange(n + 1, dtype=torch.float64)
     ways = math.lgamma(n + 1) - torch.lgamma(kept + 1) - torch.lgamma(n - kept + 1)
@@ -131,7 +131,7 @@ def _bernoulli(fit: Realisation) -> Figures:
     )
 
 
-def _block(fit: Realisation) -> Figures:
+def _block(fit: Fit) -> Figures:
     """k of B blocks: both of two are kept with k(k-1) / (B(B-1)), correlation -1/(B-1); units of a block share fate."""
     n, size, kept = fit.units, fit.run, fit.count
     blocks = -(-n // size)
@@ -159,7 +159,7 @@ def _block(fit: Realisation) -> Figures:
     )
 
 
-def _slice(fit: Realisation) -> Figures:
+def _slice(fit: Fit) -> Figures:
     """Of the n windows of k units max(k-t, 0) + max(k-(n-t), 0) hold both of two units t apart."""
     n, kept = fit.units, fit.run
     apart = torch.arange(1, n, dtype=torch.float64)
@@ -179,7 +179,7 @@ def _slice(fit: Realisation) -> Figures:
     )
 
 
-def _lattice(fit: Realisation, weights: Tensor, by_period: bool = False, rows: int = 0) -> Figures:
+def _lattice(fit: Fit, weights: Tensor, by_period: bool = False, rows: int = 0) -> Figures:
     """Two places t apart are both kept with sum_i d_i / i over the periods i that divide t.
 
     Args:
@@ -223,7 +223,7 @@ def _lattice(fit: Realisation, weights: Tensor, by_period: bool = False, rows: i
     )
 
 
-def _kept_sets(fit: Realisation, points: int) -> tuple[float, int]:
+def _kept_sets(fit: Fit, points: int) -> tuple[float, int]:
     """Entropy in bits and number of the kept sets of a lattice over `points` points.
 
     Period and bias can be read from two kept points; draws that keep one point alone are equal whatever the period.

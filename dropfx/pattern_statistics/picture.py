@@ -86,7 +86,7 @@ def _draws(whole: Axes, near: Axes, result: Statistics) -> None:
     """Strips of the first group's draws, a row each; of tiles those of the first row, and the grid of one draw."""
     pattern, units = result.source, result.units
     rows, columns = grid(pattern, units) if isinstance(pattern, Tile) else (0, units)
-    fit = pattern.realise(max(rows, columns), result.rate, result.groups)
+    fit = pattern.fit(max(rows, columns), result.rate, result.groups)
     kept = torch.stack([mask[0] for mask in masks(pattern, fit, len(place_weights(pattern, units)), _STEPS)]) > 0
     whole.imshow(kept[:, :columns].numpy(), cmap="Greys", aspect="auto", interpolation="antialiased")
     whole.set_ylabel(result.pattern)

@@ -92,7 +92,7 @@ def statistics(pattern: str | Pattern, rate: float, units: int, groups: int = 1,
     chosen = _make_pattern(pattern)
     fit_units = _check(chosen, rate, units, groups, samples)
     try:
-        fit = chosen.realise(fit_units, float(rate), groups)
+        fit = chosen.fit(fit_units, float(rate), groups)
     except PatternRefused as error:
         raise InvalidOption(
             f"pattern: got {pattern!r}, which refuses rate={rate:g}, units={units}, groups={groups}: {error}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dropfx.draws.draw_plan import DrawPlan, TileDraw, site_key
 from dropfx.pattern_statistics.exact import Figures, mean_pair, place_weights, worst
-from dropfx.patterns import Pattern, Realisation
+from dropfx.patterns import Fit, Pattern
 
 _AT_ONCE = 2**19
 """Multipliers held at once."""
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     group_correlation: float | None
 
 
-def masks(pattern: Pattern, fit: Realisation, places: int, steps: int) -> Iterator[Tensor]:
+def masks(pattern: Pattern, fit: Fit, places: int, steps: int) -> Iterator[Tensor]:
     """Multipliers float64 [groups, places] of successive draws; of tiles those of the diagonals r + c.
 
     The numbers that the draws are made from are fixed: no generator is read or moved.
@@ -49,7 +49,7 @@ def masks(pattern: Pattern, fit: Realisation, places: int, steps: int) -> Iterat
             yield draw.mask(torch.float64).view(fit.groups, places)
 
 
-def sample(pattern: Pattern, fit: Realisation, units: int, samples: int, pairs: bool = True) -> Sample:
+def sample(pattern: Pattern, fit: Fit, units: int, samples: int, pairs: bool = True) -> Sample:
     """Statistics of `samples` draws; `units` as in `exact`; pair correlations by distance only where `pairs`."""
     weights, keep, groups = place_weights(pattern, units), fit.keep, fit.groups
     places, total, draws = len(weights), float(weights.sum()), samples * groups

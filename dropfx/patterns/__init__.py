@@ -2,11 +2,11 @@
 
 from dropfx.patterns.base import (
     MAX_RATE_ERROR,
+    Fit,
     Kept,
     KeptTiles,
     Pattern,
     PatternRefused,
-    Realisation,
     padded_scale,
     unwrapped,
 )
@@ -30,7 +30,7 @@ __all__ = [
     "KeptTiles",
     "Pattern",
     "PatternRefused",
-    "Realisation",
+    "Fit",
     "Row",
     "Slice",
     "Tile",

@@ -24,7 +24,7 @@ class PatternRefused(ValueError):
 
 
 @dataclass(frozen=True)
-class Realisation:
+class Fit:
     """A pattern fitted to an axis: `count` runs of `run` units, or periods with their probabilities.
 
     Attributes:
@@ -102,7 +102,7 @@ class Pattern(ABC):
     on_host = False
 
     @abstractmethod
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
         """Fit the pattern to an axis of `units` units at drop probability 0 < `rate` < 1.
 
         Raises:
@@ -110,7 +110,7 @@ class Pattern(ABC):
         """
 
     @abstractmethod
-    def choose(self, hashes: Tensor, fit: Realisation) -> Sequence[Any]:
+    def choose(self, hashes: Tensor, fit: Fit) -> Sequence[Any]:
         """Draw for each row of int64 `hashes` [sites, numbers]: a `Kept` (starts ascending) or a `KeptTiles`."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import InvalidOption
-from dropfx.patterns.base import MAX_RATE_ERROR, Kept, Pattern, PatternRefused, Realisation, nearest_count, padded_scale
+from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, Pattern, PatternRefused, nearest_count, padded_scale
 
 MIN_BLOCKS = 32
 """Blocks on an axis below which an automatic size is made smaller: fewer give too few sub-models."""
@@ -37,8 +37,8 @@ class Block(Pattern):
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
             raise InvalidOption(f"block: got {self.size!r}, accepted are 'auto' and integers >= 1")
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        """See `Pattern.realise`: the k of n/b blocks nearest to the rate; with "auto" the largest b that meets it.
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        """See `Pattern.fit`: the k of n/b blocks nearest to the rate; with "auto" the largest b that meets it.
 
         Raises:
             PatternRefused: fewer than two blocks, or with "auto" no size that meets the rate to 0.02.
@@ -58,7 +58,7 @@ class Block(Pattern):
             f"{units} units meet rate {rate:g} no nearer than {nearest:.3g}, allowed is {MAX_RATE_ERROR}"
         )
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         """See `Pattern.choose`: the blocks with the largest hashes; groups are dealt theirs from shuffled decks."""
         if fit.groups == 1:
             chosen = hashes.topk(fit.count, dim=1, sorted=False).indices
@@ -74,16 +74,16 @@ class Block(Pattern):
         return [Kept(row, fit.run, scale) for row, scale in zip(starts.unbind(0), scales.unbind(0), strict=True)]
 
 
-def _blocks(fit: Realisation) -> int:
+def _blocks(fit: Fit) -> int:
     return -(-fit.units // fit.run)
 
 
-def _fit(units: int, rate: float, size: int, groups: int) -> Realisation:
+def _fit(units: int, rate: float, size: int, groups: int) -> Fit:
     if size >= units:
         raise PatternRefused(f"block size {size} leaves fewer than two blocks on an axis of {units} units")
     blocks = -(-units // size)
     count = nearest_count(blocks, rate)
-    return Realisation(
+    return Fit(
         units=units,
         run=size,
         count=count,
@@ -94,7 +94,7 @@ def _fit(units: int, rate: float, size: int, groups: int) -> Realisation:
     )
 
 
-def _deal(hashes: Tensor, fit: Realisation) -> Tensor:
+def _deal(hashes: Tensor, fit: Fit) -> Tensor:
     """Blocks of each group, int64 [sites, groups, count], from hashes [sites, decks, blocks].
 
     Shuffled decks of all blocks are dealt one after another, `count` cards a group, so that over the groups each block

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import InvalidOption
-from dropfx.patterns.base import MAX_RATE_ERROR, Kept, KeptTiles, Pattern, PatternRefused, Realisation
+from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, KeptTiles, Pattern, PatternRefused
 from dropfx.patterns.search import default_max_period, search
 
 _SCALES = ("global", "period")
@@ -40,8 +40,8 @@ class Row(Pattern):
         if self.scale not in _SCALES:
             raise InvalidOption(f"scale: got {self.scale!r}, accepted are 'global' and 'period'")
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        """See `Pattern.realise`: the probabilities of the periods that meet the rate.
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        """See `Pattern.fit`: the probabilities of the periods that meet the rate.
 
         Raises:
             PatternRefused: a single unit, or a rate that no distribution up to the largest period meets.
@@ -50,11 +50,11 @@ class Row(Pattern):
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         return _fit(units, rate, self.max_period, groups, ragged=groups > 1 or self.scale == "period")
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         """See `Pattern.choose`: as many starts as the drawn period leaves, each of a single unit."""
         return [self._one(hashes, *lattice, fit) for lattice in _lattices(hashes, fit)]
 
-    def _one(self, hashes: Tensor, period: int, bias: int, fit: Realisation) -> Kept:
+    def _one(self, hashes: Tensor, period: int, bias: int, fit: Fit) -> Kept:
         scale = fit.scale if self.scale == "global" else float(period)
         if fit.groups == 1:
             units = torch.arange(bias, fit.units, period)
@@ -100,11 +100,11 @@ class Tile(Pattern):
         object.__setattr__(self, "shape", tuple(sizes))
 
     def tiles(self, rows: int, columns: int) -> int:
-        """Tiles along the longer side of a [rows, columns] weight: `units` of `realise`."""
+        """Tiles along the longer side of a [rows, columns] weight: `units` of `fit`."""
         return max(-(-rows // self.shape[0]), -(-columns // self.shape[1]))
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        """See `Pattern.realise`; `units` are tiles along the longer side of the weight.
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        """See `Pattern.fit`; `units` are tiles along the longer side of the weight.
 
         Raises:
             PatternRefused: several groups, a single tile, or a rate that no distribution of periods meets.
@@ -115,7 +115,7 @@ class Tile(Pattern):
             raise PatternRefused(f"a weight of a single {self.shape[0]}x{self.shape[1]} tile cannot be dropped in part")
         return _fit(units, rate, self.max_period, groups, ragged=False)
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[KeptTiles]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[KeptTiles]:
         """See `Pattern.choose`: a period and a bias for each site."""
         return [KeptTiles(torch.tensor(lattice), fit.scale) for lattice in _lattices(hashes, fit)]
 
@@ -126,14 +126,14 @@ def _check_period(max_period: int | None) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _fit(units: int, rate: float, max_period: int | None, groups: int, ragged: bool) -> Realisation:
+def _fit(units: int, rate: float, max_period: int | None, groups: int, ragged: bool) -> Fit:
     longest = min(max_period or default_max_period(rate), units)
     highest = (longest - 1) / longest
     if rate - highest > MAX_RATE_ERROR:
         raise PatternRefused(f"periods up to {longest} drop at most {highest:.3g} of the units, asked is {rate:g}")
     drawn = min(rate, highest)
     periods = search(drawn, longest).tolist()
-    return Realisation(
+    return Fit(
         units=units,
         run=1,
         count=0,
@@ -145,7 +145,7 @@ def _fit(units: int, rate: float, max_period: int | None, groups: int, ragged: b
     )
 
 
-def _lattices(hashes: Tensor, fit: Realisation) -> list[tuple[int, int]]:
+def _lattices(hashes: Tensor, fit: Fit) -> list[tuple[int, int]]:
     """(period, bias) of each site, bias in 0..period-1, from hashes [sites, 2]."""
     found = []
     for first, second in hashes.tolist():

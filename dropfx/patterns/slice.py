@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropfx.patterns.base import MAX_RATE_ERROR, Kept, Pattern, PatternRefused, Realisation, nearest_count
+from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, Pattern, PatternRefused, nearest_count
 
 _NON_NEGATIVE = 2**63 - 1
 
@@ -18,8 +18,8 @@ class Slice(Pattern):
 
     name = "slice"
 
-    def realise(self, units: int, rate: float, groups: int = 1) -> Realisation:
-        """See `Pattern.realise`: the window whose length is nearest to the rate.
+    def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
+        """See `Pattern.fit`: the window whose length is nearest to the rate.
 
         Raises:
             PatternRefused: a single unit, or no length that meets the rate to 0.02.
@@ -30,9 +30,9 @@ class Slice(Pattern):
         drawn = 1.0 - kept / units
         if abs(drawn - rate) > MAX_RATE_ERROR:
             raise PatternRefused(f"no window over {units} units meets rate {rate:g} to within {MAX_RATE_ERROR}")
-        return Realisation(units=units, run=kept, count=1, numbers=1, drawn_rate=drawn, groups=groups)
+        return Fit(units=units, run=kept, count=1, numbers=1, drawn_rate=drawn, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Realisation) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
         """See `Pattern.choose`: one start for each site, uniform over the units; groups have theirs evenly spaced."""
         starts = hashes & _NON_NEGATIVE
         if fit.groups > 1:

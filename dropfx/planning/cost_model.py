@@ -40,7 +40,7 @@ def recurrent_flops(node: fx.Node, keep: float = 1.0) -> int:
 
 def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts, groups: int = 1) -> Prices:
     """Prices of a region whose site keeps the share `keep` in each of `groups` draws, in integer nanoseconds."""
-    compact, dense, take, put = {}, {}, {}, {}
+    compact, dense, gather, scatter = {}, {}, {}, {}
     readers = Counter(_weight_read(region, node) for node in region.nodes if op_name(node) == "linear")
     for node in region.nodes:
         # of several groups each product gathers its own
@@ -51,8 +51,8 @@ def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts
             # forward copies the kept part, backward fills the dense one; a put is the reverse
             moved = costs.move(elements * keep, itemsize) + costs.move(elements, itemsize, 1 + keep)
             moved += 2 * (groups - 1) * costs.launch
-            take[value] = put[value] = _nanoseconds(moved)
-    return Prices(compact, dense, take, put)
+            gather[value] = scatter[value] = _nanoseconds(moved)
+    return Prices(compact, dense, gather, scatter)
 
 
 def _weight_read(region: Region, linear: fx.Node) -> tuple[Any, bool]:

@@ -65,7 +65,7 @@ def forms_of(node: fx.Node) -> tuple[Any, Any]:
 
 
 def _keep(form: Any, context: Context) -> float:
-    fit = None if form is None else context.sites[form.site].realisation
+    fit = None if form is None else context.sites[form.site].fit
     return 1.0 if fit is None else fit.keep
 
 
@@ -132,9 +132,9 @@ class _Example:
         known: dict[fx.Node, Any] = {}
         for index, nodes in context.draws.items():
             site = context.sites[index]
-            if site.realisation is None:
+            if site.fit is None:
                 continue
-            plan = DrawPlan([site.name], [site.realisation], context.options.pattern, device)
+            plan = DrawPlan([site.name], [site.fit], context.options.pattern, device)
             source = "cpu" if context.options.pattern.on_host else device
             (draw,) = plan.draw(torch.zeros((), dtype=torch.int64, device=source))
             for name, node in nodes.items():

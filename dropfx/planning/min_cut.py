@@ -30,8 +30,8 @@ class Prices:
 
     compact: dict[fx.Node, int]
     dense: dict[fx.Node, int]
-    take: dict[fx.Node, int]
-    put: dict[fx.Node, int]
+    gather: dict[fx.Node, int]
+    scatter: dict[fx.Node, int]
 
 
 def cut(region: Region, prices: Prices) -> set[fx.Node]:
@@ -54,11 +54,11 @@ def cut(region: Region, prices: Prices) -> set[fx.Node]:
 
 def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.Node, prices: Prices) -> None:
     """`reader`, if compact, reads `value` compact: a take if the value is dense."""
-    taken = ("take", value)
+    taken = ("gather", value)
     graph.add_edge(reader, taken, capacity=_INFINITE)
     # a dense value after the site is not taken again: its units may be others than the padding of a ragged block
     retaken = value in region.forms and value not in region.before
-    capacity = _INFINITE if retaken or value_of(value) is None else prices.take[value]
+    capacity = _INFINITE if retaken or value_of(value) is None else prices.gather[value]
     graph.add_edge(taken, value if value in region.forms else "dense", capacity=capacity)
     if value in region.forms:
         _read_dense(graph, region, value, reader, prices)
@@ -69,17 +69,17 @@ def _read_dense(graph: nx.DiGraph, region: Region, value: fx.Node, reader: Any, 
     if value in region.before or value_of(value) is None:  # several results: each is read by its getitem
         graph.add_edge(value, reader, capacity=_INFINITE)
         return
-    graph.add_edge(value, ("put", value), capacity=prices.put[value])
-    graph.add_edge(("put", value), reader, capacity=_INFINITE)
+    graph.add_edge(value, ("scatter", value), capacity=prices.scatter[value])
+    graph.add_edge(("scatter", value), reader, capacity=_INFINITE)
 
 
 def price(region: Region, compact: set[fx.Node], prices: Prices) -> int:
     """Cost of a labelling in nanoseconds: what the cut minimises."""
     total = sum(prices.compact[n] if n in compact else prices.dense[n] for n in region.nodes)
     taken = {o for n in compact for o in region.wants.get(n, {}) if o not in compact}
-    put = {
+    scatter = {
         n
         for n in compact & region.forms.keys() - region.before
         if any(r not in compact or n not in region.wants.get(r, {}) for r in n.users)
     }
-    return total + sum(prices.take[n] for n in taken) + sum(prices.put[n] for n in put)
+    return total + sum(prices.gather[n] for n in taken) + sum(prices.scatter[n] for n in scatter)

@@ -71,7 +71,7 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     region = Region(site.node, straight={site.node})
     region.forms[site.node] = Axis(site.axis)
     value = value_of(site.node)
-    if site.realisation is not None and site.realisation.groups > 1 and value is not None:
+    if site.fit is not None and site.fit.groups > 1 and value is not None:
         region.leading = value.size(0)
     source = site.node.args[0] if site.node.args else site.node.kwargs["input"]
     assert isinstance(source, fx.Node)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dropfx import ops
 from dropfx.ops.embedding import embedding_backward_op
 from dropfx.ops.linear import linear_backward_op
-from dropfx.ops.runs import KeptWeight
+from dropfx.ops.runs import GatheredWeight
 from tests.backend.steps import captured, check, eager, one_backward
 from tests.case import mlp
 
@@ -48,7 +48,7 @@ def test_pointwise_operations_fuse_on_compact_tensors(pattern: str) -> None:
     assert result.shape == (6, 8)
     forward, backward = code
     # each weight is gathered once; the products and the places of their gradients are Inductor's
-    assert [re.findall(r"torch\.ops\.dropfx\.(\w+)\.default\(", part) for part in code] == [["kept_weight"] * 2, []]
+    assert [re.findall(r"torch\.ops\.dropfx\.(\w+)\.default\(", part) for part in code] == [["gathered_weight"] * 2, []]
     assert forward.count(" extern_kernels.addmm(") == 2
     assert len(re.findall(r" extern_kernels\.(?:add)?mm\(", backward)) == 3
     # the whole chain between the products is one kernel in each direction, which places a gradient too where it can
@@ -67,8 +67,8 @@ def test_pointwise_operations_fuse_on_compact_tensors(pattern: str) -> None:
 def test_weights_are_gathered_once_a_step(inner: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the eager function does; a weight behind the first layer, whose input asks for no gradient, included."""
     gathered = []
-    take = KeptWeight.take
-    monkeypatch.setattr(KeptWeight, "take", lambda self, weight: gathered.append(self) or take(self, weight))
+    gather = GatheredWeight.gather
+    monkeypatch.setattr(GatheredWeight, "gather", lambda self, weight: gathered.append(self) or gather(self, weight))
     original = mlp(48, 96, 64, 8, bias=bias)
     for compiled in (captured(original, inner=inner), eager(original)):
         one_backward(compiled, compiled, torch.randn(6, 48))
@@ -99,19 +99,19 @@ CASES: dict[str, Any] = {
     "linear cols": lambda x, w: (ops.linear_op, (x[..., :16], w, None, None, 0, KEPT, 4, 2.0)),
     "linear both": lambda x, w: (ops.linear_op, (x[..., :16], w, None, KEPT, 4, KEPT, 4, 2.0)),
     "linear groups": lambda x, w: (ops.linear_op, (x, w, None, KEPT.view(2, 2), 4, None, 0, 2.0, 3, 0)),
-    "kept weight": lambda x, w: (ops.kept_weight_op, (w, KEPT, 4, KEPT, 4)),
-    "kept units of a weight": lambda x, w: (ops.kept_weight_op, (w, None, 0, KEPT, 1)),
-    "kept window of a weight": lambda x, w: (ops.kept_weight_op, (w, starts(4), 16, None, 0)),
-    "kept wrapped window": lambda x, w: (ops.kept_weight_op, (w, starts(24), 16, starts(20), 16)),
+    "kept weight": lambda x, w: (ops.gathered_weight_op, (w, KEPT, 4, KEPT, 4)),
+    "kept units of a weight": lambda x, w: (ops.gathered_weight_op, (w, None, 0, KEPT, 1)),
+    "kept window of a weight": lambda x, w: (ops.gathered_weight_op, (w, starts(4), 16, None, 0)),
+    "kept wrapped window": lambda x, w: (ops.gathered_weight_op, (w, starts(24), 16, starts(20), 16)),
     "linear backward": lambda x, w: (
         linear_backward_op,
         (x[..., :16], x, w, KEPT, 4, None, 0, 1.0, [True, True, True]),
     ),
-    "take": lambda x, w: (ops.take_op, (x, KEPT, 4, -1)),
-    "take a window": lambda x, w: (ops.take_op, (x, starts(4), 16, -1)),
-    "take channels": lambda x, w: (ops.take_op, (x, starts(1, 3), 1, -2)),
-    "put": lambda x, w: (ops.put_op, (x[..., :16], KEPT, 4, -1, WIDTH)),
-    "put channels": lambda x, w: (ops.put_op, (x[..., :2, :], starts(1, 3), 1, -2, 5)),
+    "gather": lambda x, w: (ops.gather_op, (x, KEPT, 4, -1)),
+    "take a window": lambda x, w: (ops.gather_op, (x, starts(4), 16, -1)),
+    "take channels": lambda x, w: (ops.gather_op, (x, starts(1, 3), 1, -2)),
+    "scatter": lambda x, w: (ops.scatter_op, (x[..., :16], KEPT, 4, -1, WIDTH)),
+    "put channels": lambda x, w: (ops.scatter_op, (x[..., :2, :], starts(1, 3), 1, -2, 5)),
     "residual": lambda x, w: (ops.residual_add_op, (x, x[..., :16], KEPT, 4, -1, WIDTH, 1.0)),
     "residual of another layout": lambda x, w: (
         ops.residual_add_op,

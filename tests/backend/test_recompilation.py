@@ -69,11 +69,11 @@ def test_a_thousand_steps_of_inductor(pattern: str) -> None:
 class Few(Row):
     """Keeps one unit in its first draw."""
 
-    def choose(self, hashed: Tensor, realisation: Any) -> Any:
-        kept = super().choose(hashed, realisation)
+    def choose(self, hashed: Tensor, fit: Any) -> Any:
+        kept = super().choose(hashed, fit)
         while not self.__dict__.get("begun") and kept[0].starts.size(-1) * kept[0].run > 1:
             hashed = hashed + 0x9E3779B97F4A7C1
-            kept = super().choose(hashed, realisation)
+            kept = super().choose(hashed, fit)
         object.__setattr__(self, "begun", True)
         return kept
 

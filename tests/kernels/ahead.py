@@ -93,8 +93,8 @@ def launch_all(dtype: torch.dtype) -> None:
         sites = [kernels.DrawnSite(key=5, slots=kernels.MAX_SLOTS, kept=4096, units=64)]
         draw = kernels.DrawLaunch(sites, (_CONSTANT, _CONSTANT, _CONSTANT), torch.device("meta"), window)
         draw(torch.empty((), dtype=torch.int64, device="meta"), _CONSTANT)
-    kernels.take_units(x, -1, blocks)
-    kernels.put_units(half, -1, blocks, base=x)
+    kernels.gather_units(x, -1, blocks)
+    kernels.scatter_units(half, -1, blocks, base=x)
     kernels.tiled_matmul(x, w, (32, 32), 2, 1, bias=bias)
     kernels.tiled_matmul(x, w.t(), (32, 32), 2, 1)
     kernels.tiled_weight_gradient(x, x, (32, 32), 2, 1)

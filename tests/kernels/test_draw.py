@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def plans(pattern: Pattern, *axes: tuple[int, float], groups: int = 1) -> tuple[DrawPlan, DrawPlan]:
     """The same sites drawn on the CPU by PyTorch, and here by the kernel."""
-    fits = [pattern.realise(units, rate, groups) for units, rate in axes]
+    fits = [pattern.fit(units, rate, groups) for units, rate in axes]
     names = [f"layer.{number}" for number in range(len(fits))]
     return DrawPlan(names, fits, pattern, CPU), DrawPlan(names, fits, pattern, DEVICE, by_kernel=True)
 

@@ -315,23 +315,25 @@ def test_tiles(
 @pytest.mark.parametrize("dtype", DTYPES[::2])
 @pytest.mark.parametrize("name", [name for name in AXES if name != "dense"])
 @pytest.mark.parametrize("inner", [(), (3,)])
-def test_take_and_put(name: str, inner: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gather_and_scatter(
+    name: str, inner: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     units = axis(name)
     shape = (5, 2)
     x, base = (randn(*shape, units.units, *inner, dtype=dtype) for _ in range(2))
     y = randn(*shape, units.width, *inner, dtype=dtype)
     with guarded_outputs(monkeypatch):
-        taken = kernels.take_units(x, 2, units, leading=5)
-    put, added = torch.zeros_like(x), base.double()
+        taken = kernels.gather_units(x, 2, units, leading=5)
+    scatter, added = torch.zeros_like(x), base.double()
     for group, here in enumerate(chunks(5, units.groups)):
         where = kept(units, group)
         assert torch.equal(taken[here], x[here].index_select(2, where))
         if not units.ragged:
-            put[here] = put[here].index_copy(2, where, y[here])
+            scatter[here] = scatter[here].index_copy(2, where, y[here])
             added[here] = added[here].index_add(2, where, 0.5 * y[here].double())
     if units.ragged:
         return
     with guarded_outputs(monkeypatch):
-        assert torch.equal(kernels.put_units(y, 2, units, leading=5), put)
-        close(kernels.put_units(y, 2, units, leading=5, base=base, alpha=0.5), added, added.abs())
+        assert torch.equal(kernels.scatter_units(y, 2, units, leading=5), scatter)
+        close(kernels.scatter_units(y, 2, units, leading=5, base=base, alpha=0.5), added, added.abs())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops import EAGER, lstm_layer_op, take_op
+from dropfx.ops import EAGER, gather_op, lstm_layer_op
 from dropfx.ops.recurrent import one_dnn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -47,7 +47,7 @@ def test_on_kept_columns_of_the_inputs_weight() -> None:
     _, (_, *others), x, h, c = operands(False)
     starts, run = torch.tensor([0, 8]), 4
     wide = torch.randn(4 * UNITS, 3 * run, requires_grad=True)
-    taken = EAGER[take_op](wide, starts, run, 1)
+    taken = EAGER[gather_op](wide, starts, run, 1)
     leaves = [x, h, c, wide, *others]
     cotangent = torch.randn(STEPS, BATCH, UNITS)
     expected, found = (

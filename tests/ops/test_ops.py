@@ -22,7 +22,7 @@ def face(op: object, name: str):
 
 def draw(pattern: Pattern, *units: int, seed: int = 0) -> list[Draw]:
     torch.manual_seed(seed)
-    fits = [pattern.realise(n, 0.5) for n in units]
+    fits = [pattern.fit(n, 0.5) for n in units]
     plan = DrawPlan([f"site{i}" for i in range(len(units))], fits, pattern, torch.device("cpu"))
     return plan.draw(draw_number(plan.device))
 
@@ -79,8 +79,8 @@ def test_linear_passes_opcheck(pattern: Pattern, transposed: bool) -> None:
 def test_linear_with_a_weight_gathered_before(pattern: Pattern, sides: str, transposed: bool) -> None:
     args, expected = linear_case(pattern, sides, 0, transposed)
     taken = args[1].detach(), *args[3:7]
-    opcheck(ops.kept_weight_op, taken)
-    got = ops.kept_linear(*args[:2], ops.kept_weight_op(*taken), *args[2:])
+    opcheck(ops.gathered_weight_op, taken)
+    got = ops.gathered_linear(*args[:2], ops.gathered_weight_op(*taken), *args[2:])
     torch.testing.assert_close(got, expected)
     ours, theirs = (torch.autograd.grad(y.sin().sum(), args[:3]) for y in (got, expected))
     torch.testing.assert_close(ours, theirs)
@@ -109,7 +109,9 @@ def test_autocast_casts_the_gathered_weight_and_not_the_whole(sides: str) -> Non
         given = [t.detach().float().requires_grad_() for t in (x, w, b)]
         with casts, torch.autocast("cpu", torch.bfloat16):
             if which == "registered":
-                y = ops.kept_linear(*given[:2], ops.kept_weight_op(given[1].detach(), *rest[:4]), given[2], *rest)
+                y = ops.gathered_linear(
+                    *given[:2], ops.gathered_weight_op(given[1].detach(), *rest[:4]), given[2], *rest
+                )
             else:
                 y = face(ops.linear_op, which)(*given, *rest)
         assert y.dtype == torch.bfloat16
@@ -154,21 +156,21 @@ def test_linear_says_when_the_input_does_not_fit() -> None:
 @pytest.mark.parametrize("which", FACES)
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_take_and_put(pattern: Pattern, dim: int, which: str) -> None:
+def test_gather_and_scatter(pattern: Pattern, dim: int, which: str) -> None:
     (kept,) = draw(pattern, 32)
     x = leaf(*((3, 32) if dim == -1 else (32, 3)))
-    take, put = face(ops.take_op, which), face(ops.put_op, which)
-    torch.testing.assert_close(take(x, kept.starts, kept.run, dim), x.index_select(dim, kept.units()))
-    back = put(take(x, kept.starts, kept.run, dim) * 1.0, kept.starts, kept.run, dim, 32)
-    if not kept.realisation.ragged:
+    gather, scatter = face(ops.gather_op, which), face(ops.scatter_op, which)
+    torch.testing.assert_close(gather(x, kept.starts, kept.run, dim), x.index_select(dim, kept.units()))
+    back = scatter(gather(x, kept.starts, kept.run, dim) * 1.0, kept.starts, kept.run, dim, 32)
+    if not kept.fit.ragged:
         keeps = (kept.mask(torch.float64) > 0).to(torch.float64)
         torch.testing.assert_close(back, x * (keeps if dim == -1 else keeps[:, None]))
-    torch.autograd.gradcheck(lambda x: take(x, kept.starts, kept.run, dim), (x,))
+    torch.autograd.gradcheck(lambda x: gather(x, kept.starts, kept.run, dim), (x,))
     y = leaf(*((3, kept.width) if dim == -1 else (kept.width, 3)))
-    torch.autograd.gradcheck(lambda y: put(y, kept.starts, kept.run, dim, 32), (y,))
+    torch.autograd.gradcheck(lambda y: scatter(y, kept.starts, kept.run, dim, 32), (y,))
     if which == "registered":
-        opcheck(ops.take_op, (x, kept.starts, kept.run, dim))
-        opcheck(ops.put_op, (y, kept.starts, kept.run, dim, 32))
+        opcheck(ops.gather_op, (x, kept.starts, kept.run, dim))
+        opcheck(ops.scatter_op, (y, kept.starts, kept.run, dim, 32))
 
 
 @pytest.mark.parametrize("which", FACES)

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from dropfx import ops
 from dropfx.ops.recurrent import product
 from dropfx.ops.recurrent.cells import GATES
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.runs import Runs, gather, scatter
 
 KINDS = tuple(GATES)
 FACES = ("registered", "eager")
@@ -65,7 +65,7 @@ class Case:
 
     def compact(self, w_hh: Tensor) -> Tensor:
         shape = (-1, 1) if self.axis == 0 else (1, -1)
-        return take(w_hh, self.axis, self.kept) * self.scale().view(shape)
+        return gather(w_hh, self.axis, self.kept) * self.scale().view(shape)
 
     def arguments(self, w_hh: Tensor) -> tuple[Any, ...]:
         given = {**self.operands, "w_hh": w_hh}
@@ -79,7 +79,7 @@ class Case:
 
     def theirs(self, which: str) -> tuple[Tensor, ...]:
         w_hh = self.operands["w_hh"]
-        dense = put(self.compact(w_hh), self.axis, self.kept, w_hh.size(self.axis))
+        dense = scatter(self.compact(w_hh), self.axis, self.kept, w_hh.size(self.axis))
         return self._read(face(which)(*self.arguments(dense)))
 
     def _read(self, made: Any) -> tuple[Tensor, ...]:
@@ -133,8 +133,8 @@ def test_packed_product_of_a_kept_weight(axis: int) -> None:
     kept = Runs(torch.arange(0, 512, 128), 64)
     weight, x, y = torch.randn(1280 if axis else 512, 512 if axis else 1280), torch.randn(5, 512), torch.randn(5, 1280)
     x, y = (x, y) if axis else (torch.randn(5, 1280), torch.randn(5, 512))
-    compact = take(weight, axis, kept).contiguous()
+    compact = gather(weight, axis, kept).contiguous()
     assert product._pays(compact, 8)
     made = product.product_with(compact, 5, 8, **{"cols" if axis else "rows": kept})(x, y)
-    dense = put(compact, axis, kept, 512)
+    dense = scatter(compact, axis, kept, 512)
     torch.testing.assert_close(made, x @ dense.t() + y, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dropfx import ops
 from dropfx.graph.device_costs import DEVICES
 from dropfx.graph.pass_infra import Context
-from dropfx.ops.by_kernels import FROM_OUTPUT, KERNELS, activated_linear_op
+from dropfx.ops.triton_ops import FROM_OUTPUT, KERNELS, activated_linear_op
 from dropfx.options import make_options
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.lower import lower

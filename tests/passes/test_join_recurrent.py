@@ -33,7 +33,7 @@ def no_bias(n: dict[str, fx.Node], graph: fx.Graph) -> fx.Node:
 
 def gathered(n: dict[str, fx.Node], graph: fx.Graph, **given: Any) -> fx.Node:
     """Columns 2, 3, 6, 7 of the weight."""
-    compact = graph.call_function(ops.take_op, (n["x"], n["starts"], 2, -1, 0))
+    compact = graph.call_function(ops.gather_op, (n["x"], n["starts"], 2, -1, 0))
     bias = graph.call_function(torch.add, (n["b_ih"], n["b_hh"]))
     rows = given.get("rows", (None, 0))
     return graph.call_function(
@@ -70,7 +70,7 @@ def test_fires(product: Product, reverse: bool) -> None:
     assert run(module)
     module.graph.eliminate_dead_code()
     targets = [node.target for node in module.graph.nodes]
-    assert (ops.gather_again if product is gathered else torch.lstm) in targets
+    assert (ops.recompute_gather if product is gathered else torch.lstm) in targets
     assert not {ops.recurrence_op, F.linear, ops.linear_op} & set(targets)
     assert not run(module), "a second run finds nothing"
     module.recompile()

@@ -30,8 +30,8 @@ def graph_of() -> tuple[fx.GraphModule, fx.Node]:
 def context(eager: bool = False, device: str = "cpu", **options: Any) -> Context:
     made = make_options(min_speedup=0, **options)
     groups = made.groups if isinstance(made.groups, int) else 1
-    fit = made.pattern.realise(16, 0.5, groups)
-    site = Site("drop", 0.5, groups=groups, realisation=fit, device=torch.device(device))
+    fit = made.pattern.fit(16, 0.5, groups)
+    site = Site("drop", 0.5, groups=groups, fit=fit, device=torch.device(device))
     return Context(made, DEVICES["cpu"], eager=eager, sites=[site])
 
 
@@ -47,9 +47,9 @@ def test_fires() -> None:
     expected = gradients(module)
     before = node.args
     assert keep_weights(module, context()).modified
-    assert node.target is ops.kept_linear
+    assert node.target is ops.gathered_linear
     kept = node.args[2]
-    assert kept.target is ops.kept_weight_op
+    assert kept.target is ops.gathered_weight_op
     assert kept.args[0].target == "detach"
     assert kept.args[0].args == (before[1],)
     assert kept.args[1:] == before[3:7]

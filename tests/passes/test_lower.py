@@ -22,8 +22,8 @@ CALLS = {
     ops.linear_op: (torch.ones(3, 4), torch.ones(16, 4), torch.ones(16), STARTS, 4, None, 0, 1.0),
     ops.embedding_op: (torch.tensor([1, 2]), torch.ones(5, 16), STARTS, 4, -1),
     ops.residual_add_op: (torch.ones(3, 16), torch.ones(3, 8), STARTS, 4, -1, 16, 1.0),
-    ops.take_op: (torch.ones(3, 16), STARTS, 4, -1),
-    ops.put_op: (torch.ones(3, 8), STARTS, 4, -1, 16),
+    ops.gather_op: (torch.ones(3, 16), STARTS, 4, -1),
+    ops.scatter_op: (torch.ones(3, 8), STARTS, 4, -1, 16),
     ops.tiled_linear_op: (torch.ones(3, 16), torch.ones(8, 16), torch.ones(8), 4, 4, torch.tensor([2, 1]), 1.5),
 }
 """Each gathered op with arguments that fit; the tensors become inputs of the graph."""
@@ -110,12 +110,12 @@ def test_other_nodes_are_left() -> None:
 def test_every_op_of_a_graph_is_lowered() -> None:
     graph = fx.Graph()
     x, starts = graph.placeholder("x"), graph.placeholder("starts")
-    kept = graph.call_function(ops.take_op, (x, starts, 4, -1))
-    graph.output(graph.call_function(ops.put_op, (kept, starts, 4, -1, 16)))
+    kept = graph.call_function(ops.gather_op, (x, starts, 4, -1))
+    graph.output(graph.call_function(ops.scatter_op, (kept, starts, 4, -1, 16)))
     module = fx.GraphModule({}, graph)
     lower(module, context(eager=True))
     called = [n.target for n in module.graph.nodes if n.op == "call_function"]
-    assert called == [ops.EAGER[ops.take_op], ops.EAGER[ops.put_op]]
+    assert called == [ops.EAGER[ops.gather_op], ops.EAGER[ops.scatter_op]]
 
 
 def test_lowering_comes_last() -> None:

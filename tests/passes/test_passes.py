@@ -157,7 +157,7 @@ def test_vector_without_rows_is_spread_over_them_for_groups() -> None:
     graph, _ = run(lambda m, x: m.second(F.dropout(m.first(x) * m.vector)), *PLANNED, groups=2)
     (spread,) = [n for n in graph.nodes if n.target is ops.spread_rows]
     assert spread.args[0].target == "vector"
-    assert [user.target for user in spread.users] == [ops.take_op]
+    assert [user.target for user in spread.users] == [ops.gather_op]
 
 
 def test_tiles_take_the_place_of_the_dropout_before_a_linear() -> None:
@@ -181,7 +181,7 @@ def test_tiles_leave_a_dropout_that_others_read_too() -> None:
     assert ops.tiled_linear_op not in targets(graph)
     assert "not a Linear" in context.sites[0].reason
     assert ops.scale_units not in targets(graph)
-    assert ops.take_op not in targets(graph)
+    assert ops.gather_op not in targets(graph)
 
 
 def test_scale_stays_at_the_site_before_gelu() -> None:
@@ -198,7 +198,7 @@ def test_view_of_a_compact_value_does_not_name_the_dense_width() -> None:
 def test_residual_add_takes_kept_units_alone() -> None:
     graph, _ = run(lambda m, x: m.norm(m.first(x)) + F.dropout(m.first(x)), *PLANNED, rewrite_linear, rewrite_residual)
     assert ops.residual_add_op in targets(graph)
-    assert ops.put_op not in targets(graph)
+    assert ops.scatter_op not in targets(graph)
 
 
 def test_below_min_speedup_nothing_is_rewritten() -> None:

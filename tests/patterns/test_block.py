@@ -16,7 +16,7 @@ EXPLICIT = [(64, 16), (96, 1), (100, 16), (67, 5), (64, 33), (10, 3)]
 
 def drawn(pattern: Block, units: int, rate: float, times: int, seed: int = 0) -> list[Draw]:
     """Draws of one site from `times` numbers."""
-    plan = DrawPlan(["site"], [pattern.realise(units, rate)], pattern, torch.device("cpu"))
+    plan = DrawPlan(["site"], [pattern.fit(units, rate)], pattern, torch.device("cpu"))
     numbers = torch.empty(times, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))
     return [plan.draw(number)[0] for number in numbers]
 
@@ -27,7 +27,7 @@ def drawn(pattern: Block, units: int, rate: float, times: int, seed: int = 0) ->
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("units", UNITS)
 def test_auto_block_divides_the_axis_and_meets_the_rate(units: int, rate: float) -> None:
-    fit = Block().realise(units, rate)
+    fit = Block().fit(units, rate)
     assert units % fit.run == 0
     assert not fit.ragged
     assert units // fit.run >= 32
@@ -42,26 +42,26 @@ def test_auto_block_is_the_largest_that_will_do(units: int, rate: float) -> None
         return min(abs(kept / blocks - (1 - rate)) for kept in range(1, blocks))
 
     fitting = [size for size in range(1, 129) if units % size == 0 and units // size >= 32 and error(size) <= 0.02]
-    assert Block().realise(units, rate).run == max(fitting)
+    assert Block().fit(units, rate).run == max(fitting)
 
 
 def test_auto_block_is_no_longer_than_copies_gain_from() -> None:
-    assert Block().realise(2**20, 0.5).run == 128
+    assert Block().fit(2**20, 0.5).run == 128
 
 
 def test_auto_block_of_a_prime_axis_is_one_unit() -> None:
-    assert Block().realise(997, 0.5).run == 1
+    assert Block().fit(997, 0.5).run == 1
 
 
 @pytest.mark.parametrize("units", [2, 10, 31])
 def test_axis_too_short_for_32_blocks_has_blocks_of_one_unit(units: int) -> None:
-    assert Block().realise(units, 0.5).run == 1
+    assert Block().fit(units, 0.5).run == 1
 
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize(("units", "size"), EXPLICIT)
 def test_explicit_block_keeps_the_count_nearest_to_the_rate(units: int, size: int, rate: float) -> None:
-    fit = Block(size).realise(units, rate)
+    fit = Block(size).fit(units, rate)
     blocks = -(-units // size)
     nearest = min(abs(1 - kept / blocks - rate) for kept in range(1, blocks))
     assert fit.run == size
@@ -71,48 +71,48 @@ def test_explicit_block_keeps_the_count_nearest_to_the_rate(units: int, size: in
 
 @pytest.mark.parametrize(("units", "size"), EXPLICIT)
 def test_explicit_block_is_ragged_where_it_does_not_divide_the_axis(units: int, size: int) -> None:
-    assert Block(size).realise(units, 0.5).ragged == (units % size != 0)
+    assert Block(size).fit(units, 0.5).ragged == (units % size != 0)
 
 
 def test_explicit_block_may_miss_the_rate() -> None:
     """The user chose the size: the drawn rate is reported, not refused."""
-    assert Block(32).realise(64, 0.3).drawn_rate == 0.5
+    assert Block(32).fit(64, 0.3).drawn_rate == 0.5
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.001, 0.999, 1 - 1e-9])
 @pytest.mark.parametrize(("units", "size"), EXPLICIT)
 def test_extreme_rates_keep_one_block_and_drop_one(units: int, size: int, rate: float) -> None:
-    fit = Block(size).realise(units, rate)
+    fit = Block(size).fit(units, rate)
     assert fit.count == (1 if rate > 0.5 else -(-units // size) - 1)
     assert 0 < fit.drawn_rate < 1
 
 
 @pytest.mark.parametrize(("units", "size"), [(64, "auto"), (100, 16)])
 def test_scale_makes_up_for_the_drawn_rate(units: int, size: int | str) -> None:
-    fit = Block(size).realise(units, 0.3)
+    fit = Block(size).fit(units, 0.3)
     assert fit.scale * (1 - fit.drawn_rate) == pytest.approx(1.0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("units", "size"), [(64, "auto"), (100, 16)])
 def test_width_counts_the_padding(units: int, size: int | str) -> None:
-    fit = Block(size).realise(units, 0.3)
+    fit = Block(size).fit(units, 0.3)
     assert fit.width == fit.run * fit.count
 
 
 def test_axis_of_one_unit_is_refused() -> None:
     with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) cannot be dropped in part"):
-        Block().realise(1, 0.5)
+        Block().fit(1, 0.5)
 
 
 def test_refusal_names_the_rate_that_the_axis_could_meet() -> None:
     with pytest.raises(PatternRefused, match=r"3 units meet rate 0\.5 no nearer than 0\.333, allowed is 0\.02"):
-        Block().realise(3, 0.5)
+        Block().fit(3, 0.5)
 
 
 @pytest.mark.parametrize("size", [64, 65])
 def test_block_as_long_as_the_axis_is_refused(size: int) -> None:
     with pytest.raises(PatternRefused, match=f"block size {size} leaves fewer than two blocks on an axis of 64 units"):
-        Block(size).realise(64, 0.5)
+        Block(size).fit(64, 0.5)
 
 
 @pytest.mark.parametrize("size", [0, -4, True, 2.0, "large", None])
@@ -131,7 +131,7 @@ each = pytest.mark.parametrize(("units", "size", "rate"), DRAWN)
 def test_starts_are_distinct_blocks_in_ascending_order(units: int, size: int | str, rate: float) -> None:
     for draw in drawn(Block(size), units, rate, 50):
         assert draw.starts.dtype == torch.int64
-        assert draw.starts.shape == (draw.realisation.count,)
+        assert draw.starts.shape == (draw.fit.count,)
         assert (draw.starts.diff() > 0).all()
         assert (draw.starts % draw.run == 0).all()
         assert draw.starts[0] >= 0
@@ -140,7 +140,7 @@ def test_starts_are_distinct_blocks_in_ascending_order(units: int, size: int | s
 
 @each
 def test_width_is_the_same_in_every_draw(units: int, size: int | str, rate: float) -> None:
-    fit = Block(size).realise(units, rate)
+    fit = Block(size).fit(units, rate)
     for draw in drawn(Block(size), units, rate, 20):
         assert draw.width == fit.width == draw.units().numel() == draw.run * draw.starts.numel()
 
@@ -150,7 +150,7 @@ def test_mask_holds_the_scale_at_whole_kept_blocks(units: int, size: int | str, 
     for draw in drawn(Block(size), units, rate, 20):
         expected = torch.zeros(units, dtype=torch.float64)
         for start in draw.starts.tolist():
-            expected[start : start + draw.run] = draw.realisation.scale
+            expected[start : start + draw.run] = draw.fit.scale
         torch.testing.assert_close(draw.mask(torch.float64), expected, rtol=0, atol=1e-12)
 
 
@@ -171,7 +171,7 @@ def test_scale_of_a_ragged_draw_is_zero_at_the_padding_alone() -> None:
         padding = 12 if draw.starts[-1] == 96 else 0
         assert isinstance(draw.scale, torch.Tensor)
         assert draw.scale.shape == (draw.width,)
-        assert (draw.scale[: draw.width - padding] == draw.realisation.scale).all()
+        assert (draw.scale[: draw.width - padding] == draw.fit.scale).all()
         assert (draw.scale[draw.width - padding :] == 0).all()
         seen.add(padding)
     assert seen == {0, 12}
@@ -195,7 +195,7 @@ def test_every_unit_is_kept_equally_often(units: int, size: int | str, rate: flo
     """Units of a shorter last block included."""
     draws = drawn(Block(size), units, rate, 3000)
     kept = torch.stack([draw.mask(torch.float32) != 0 for draw in draws]).sum(0)
-    assert_binomial(kept.tolist(), 3000, 1 - draws[0].realisation.drawn_rate)
+    assert_binomial(kept.tolist(), 3000, 1 - draws[0].fit.drawn_rate)
 
 
 def test_every_pair_of_blocks_is_kept_equally_often() -> None:

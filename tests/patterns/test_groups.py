@@ -33,7 +33,7 @@ UNEVEN = (Block(8), 64, 0.3, 7)
 
 def drawn(pattern: Pattern, units: int, rate: float, groups: int, times: int, seed: int = 0) -> list[Draw]:
     """Draws of one site from `times` numbers."""
-    fit = pattern.realise(units, rate, groups=groups)
+    fit = pattern.fit(units, rate, groups=groups)
     assert fit.groups == groups
     plan = DrawPlan(["site"], [fit], pattern, torch.device("cpu"))
     numbers = torch.empty(times, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))
@@ -48,7 +48,7 @@ def kept(pattern: Pattern, units: int, rate: float, groups: int, times: int, see
 
 @pytest.mark.parametrize(("pattern", "units", "rate", "groups"), CASES)
 def test_shapes(pattern: Pattern, units: int, rate: float, groups: int) -> None:
-    fit = pattern.realise(units, rate, groups=groups)
+    fit = pattern.fit(units, rate, groups=groups)
     for draw in drawn(pattern, units, rate, groups, 20):
         assert draw.starts.dtype == torch.int64
         assert draw.starts.dim() == 2
@@ -65,7 +65,7 @@ def test_shapes(pattern: Pattern, units: int, rate: float, groups: int) -> None:
 
 @pytest.mark.parametrize(("pattern", "units", "rate", "groups"), CASES)
 def test_rate_and_scale_are_those_of_one_group(pattern: Pattern, units: int, rate: float, groups: int) -> None:
-    one, several = pattern.realise(units, rate), pattern.realise(units, rate, groups=groups)
+    one, several = pattern.fit(units, rate), pattern.fit(units, rate, groups=groups)
     assert (several.drawn_rate, several.run, several.count) == (one.drawn_rate, one.run, one.count)
     assert several.periods == one.periods
 
@@ -81,7 +81,7 @@ def test_no_unit_is_kept_twice_by_a_group(pattern: Pattern, units: int, rate: fl
 
 @pytest.mark.parametrize(("pattern", "units", "rate", "groups"), CASES)
 def test_padding_has_scale_0_and_the_rest_the_scale(pattern: Pattern, units: int, rate: float, groups: int) -> None:
-    fit = pattern.realise(units, rate, groups=groups)
+    fit = pattern.fit(units, rate, groups=groups)
     for draw in drawn(pattern, units, rate, groups, 20):
         mask = draw.mask(torch.float64)
         assert ((mask == 0) | ((mask - fit.scale).abs() < 1e-9)).all()
@@ -97,7 +97,7 @@ def test_padding_has_scale_0_and_the_rest_the_scale(pattern: Pattern, units: int
 @pytest.mark.parametrize(("pattern", "units", "rate", "groups"), CASES)
 def test_groups_share_the_units_evenly(pattern: Pattern, units: int, rate: float, groups: int) -> None:
     """Over the groups of one draw a unit is kept floor or ceil of keep * groups times; `row`: of groups / period."""
-    fit = pattern.realise(units, rate, groups=groups)
+    fit = pattern.fit(units, rate, groups=groups)
     for draw in drawn(pattern, units, rate, groups, 60):
         times = (draw.mask(torch.float64) > 0).sum(0)
         expected = groups * fit.keep
@@ -130,7 +130,7 @@ def test_windows_of_one_group_begin_anywhere() -> None:
 
 def test_lattices_of_one_group_are_those_of_one_draw() -> None:
     pattern = Row(4)
-    fit = pattern.realise(24, 0.6, groups=3)
+    fit = pattern.fit(24, 0.6, groups=3)
     rows = kept(pattern, 24, 0.6, 3, 3000)
     for group in range(3):
         sets = Counter(tuple(row.nonzero().flatten().tolist()) for row in rows[:, group])
@@ -150,7 +150,7 @@ def test_the_groups_of_a_draw_have_one_period() -> None:
 def test_every_unit_is_equally_likely_in_every_group(pattern: Pattern, units: int, rate: float, groups: int) -> None:
     """Exact binomial tests by Bonferroni over units and groups, steps as replicates; false alarms below 1e-6."""
     trials = 4000
-    fit = pattern.realise(units, rate, groups=groups)
+    fit = pattern.fit(units, rate, groups=groups)
     dropped = (~kept(pattern, units, rate, groups, trials)).sum(0)
     assert_binomial(dropped.flatten().tolist(), trials, fit.drawn_rate, significance=1e-6)
     assert smallest_bias(trials, fit.drawn_rate, units * groups, significance=1e-6) < 0.07

@@ -22,7 +22,7 @@ def hashes(times: int, seed: int = 0) -> Tensor:
 
 def drawn(pattern: Pattern, units: int, rate: float, times: int, seed: int = 0) -> list:
     """Draws of one site from `times` numbers, through the code that training draws with."""
-    plan = DrawPlan(["site"], [pattern.realise(units, rate)], pattern, torch.device("cpu"))
+    plan = DrawPlan(["site"], [pattern.fit(units, rate)], pattern, torch.device("cpu"))
     numbers = torch.empty(times, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))
     return [plan.draw(number)[0] for number in numbers]
 
@@ -33,7 +33,7 @@ def lattice(units: int, period: int, bias: int) -> Tensor:
 
 def outcomes(pattern: Row, units: int, rate: float) -> dict[tuple[int, int], Tensor]:
     """The multiplier of every (period, bias), from the pattern itself at hashes that lead there."""
-    fit = pattern.realise(units, rate)
+    fit = pattern.fit(units, rate)
     ends = torch.tensor(fit.periods, dtype=torch.float64).cumsum(0).tolist()
     found = {}
     for period, (end, chance) in enumerate(zip(ends, fit.periods, strict=True), 1):
@@ -52,21 +52,21 @@ def outcomes(pattern: Row, units: int, rate: float) -> dict[tuple[int, int], Ten
 @pytest.mark.parametrize("pattern", [Row(), Tile()])
 def test_default_longest_period(pattern: Pattern, rate: float, longest: int) -> None:
     """The smallest N with (N-1)/N >= rate + .05."""
-    assert len(pattern.realise(100, rate).periods) == longest
+    assert len(pattern.fit(100, rate).periods) == longest
     assert (longest - 1) / longest >= rate + 0.05 - 1e-9
     assert longest == 2 or (longest - 2) / (longest - 1) < rate + 0.05
 
 
 @pytest.mark.parametrize("pattern", [Row(16), Tile(max_period=16)])
 def test_longest_period_never_exceeds_the_units(pattern: Pattern) -> None:
-    assert len(pattern.realise(100, 0.5).periods) == 16
-    assert len(pattern.realise(5, 0.5).periods) == 5
+    assert len(pattern.fit(100, 0.5).periods) == 16
+    assert len(pattern.fit(5, 0.5).periods) == 5
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 0.5, 0.7, 0.9, 0.99])
 @pytest.mark.parametrize("pattern", [Row(), Row(200), Tile()])
 def test_periods_are_searched_and_meet_the_rate(pattern: Pattern, rate: float) -> None:
-    fit = pattern.realise(400, rate)
+    fit = pattern.fit(400, rate)
     assert fit.drawn_rate == rate
     assert list(fit.periods) == search(rate, len(fit.periods)).tolist()
     drop = math.fsum(d * (i - 1) / i for i, d in enumerate(fit.periods, 1))
@@ -76,11 +76,11 @@ def test_periods_are_searched_and_meet_the_rate(pattern: Pattern, rate: float) -
 
 
 def test_rate_of_the_longest_period_alone() -> None:
-    assert Row(4).realise(64, 0.75).periods == (0.0, 0.0, 0.0, 1.0)
+    assert Row(4).fit(64, 0.75).periods == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_rate_just_above_the_longest_period_is_drawn_a_little_lower() -> None:
-    assert Row(4).realise(64, 0.76).drawn_rate == 0.75
+    assert Row(4).fit(64, 0.76).drawn_rate == 0.75
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_rate_just_above_the_longest_period_is_drawn_a_little_lower() -> None:
 )
 def test_refusals(pattern: Pattern, units: int, rate: float, words: str) -> None:
     with pytest.raises(PatternRefused, match=words):
-        pattern.realise(units, rate)
+        pattern.fit(units, rate)
 
 
 def test_tiles_have_no_groups() -> None:
     with pytest.raises(PatternRefused, match="groups must be 1"):
-        Tile().realise(64, 0.5, groups=2)
+        Tile().fit(64, 0.5, groups=2)
 
 
 @pytest.mark.parametrize("period", [0, 1, -2, 2.0, True, "4"])
@@ -150,7 +150,7 @@ def test_every_draw_keeps_a_lattice(units: int, rate: float) -> None:
 
 
 def test_period_one_keeps_all_units_as_one_run() -> None:
-    (kept,) = Row().choose(torch.tensor([[0, 5]]), Row().realise(64, 0.3))
+    (kept,) = Row().choose(torch.tensor([[0, 5]]), Row().fit(64, 0.3))
     assert (kept.starts.tolist(), kept.run) == ([0], 64)
 
 
@@ -159,7 +159,7 @@ def test_period_one_keeps_all_units_as_one_run() -> None:
 def test_both_scales_are_unbiased(units: int, rate: float, scale: str) -> None:
     """E[multiplier] over all (period, bias) is 1 for every unit; and so is, with the scale "period", every period's."""
     pattern = Row(min(units, 6), scale=scale)
-    fit = pattern.realise(units, rate)
+    fit = pattern.fit(units, rate)
     found = outcomes(pattern, units, rate)
     mean = sum(fit.periods[period - 1] / period * mask for (period, _), mask in found.items())
     assert torch.allclose(mean, torch.ones(units, dtype=torch.float64), atol=1e-12)
@@ -172,7 +172,7 @@ def test_global_scale_has_the_second_moment_of_independent_dropout() -> None:
     squares = {}
     for scale in ("global", "period"):
         pattern = Row(16, scale)
-        fit = pattern.realise(64, 0.7)
+        fit = pattern.fit(64, 0.7)
         found = outcomes(pattern, 64, 0.7).items()
         squares[scale] = float(sum(fit.periods[period - 1] / period * mask[7] ** 2 for (period, _), mask in found))
     assert squares["global"] == pytest.approx(1 / 0.3, abs=1e-9)
@@ -183,7 +183,7 @@ def test_global_scale_has_the_second_moment_of_independent_dropout() -> None:
 def test_periods_and_biases_come_as_often_as_searched(rate: float) -> None:
     """From the hashes of training: a number that misses a part of its range would change the rate."""
     times, pattern = 4000, Tile(max_period=4)
-    fit = pattern.realise(64, rate)
+    fit = pattern.fit(64, rate)
     draws = drawn(pattern, 64, rate, times)
     for period, chance in enumerate(fit.periods, 1):
         biases = [draw.bias for draw in draws if draw.period == period]
@@ -256,7 +256,7 @@ def test_a_row_of_tiles_is_a_lattice_of_columns() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (50, 33)])
 def test_tiles_are_unbiased(rows: int, columns: int) -> None:
     pattern = Tile((8, 8), max_period=4)
-    fit = pattern.realise(pattern.tiles(rows, columns), 0.6)
+    fit = pattern.fit(pattern.tiles(rows, columns), 0.6)
     place = (torch.arange(rows) // 8)[:, None] + torch.arange(columns) // 8
     mean = torch.zeros(rows, columns, dtype=torch.float64)
     for period, chance in enumerate(fit.periods, 1):
@@ -267,7 +267,7 @@ def test_tiles_are_unbiased(rows: int, columns: int) -> None:
 
 def test_hashes_of_one_batch_are_separate_sites() -> None:
     """Sites of one shape are drawn together; each has its own numbers."""
-    fit = Row().realise(64, 0.5)
+    fit = Row().fit(64, 0.5)
     together = Row().choose(hashes(20), fit)
     alone = [Row().choose(row[None], fit)[0] for row in hashes(20)]
     assert all(a.starts.tolist() == b.starts.tolist() for a, b in zip(together, alone, strict=True))

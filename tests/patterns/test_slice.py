@@ -12,7 +12,7 @@ RATES = [0.05, 0.3, 0.5, 0.7, 0.95]
 
 def drawn(units: int, rate: float, times: int, seed: int = 0) -> list[Draw]:
     """Draws of one site from `times` numbers."""
-    plan = DrawPlan(["site"], [Slice().realise(units, rate)], Slice(), torch.device("cpu"))
+    plan = DrawPlan(["site"], [Slice().fit(units, rate)], Slice(), torch.device("cpu"))
     numbers = torch.empty(times, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed))
     return [plan.draw(number)[0] for number in numbers]
 
@@ -23,7 +23,7 @@ def drawn(units: int, rate: float, times: int, seed: int = 0) -> list[Draw]:
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("units", [20, 64, 67, 100, 1000])
 def test_window_is_the_nearest_to_the_rate(units: int, rate: float) -> None:
-    fit = Slice().realise(units, rate)
+    fit = Slice().fit(units, rate)
     nearest = min(abs(1 - kept / units - rate) for kept in range(1, units))
     assert fit.count == 1
     assert fit.width == fit.run
@@ -34,32 +34,32 @@ def test_window_is_the_nearest_to_the_rate(units: int, rate: float) -> None:
 
 def test_window_is_never_ragged() -> None:
     """It wraps around the end of the axis instead."""
-    assert not Slice().realise(67, 0.3).ragged
+    assert not Slice().fit(67, 0.3).ragged
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-9, 127), (0.001, 127), (0.999, 1), (1 - 1e-9, 1)])
 def test_extreme_rates_keep_one_unit_and_drop_one(rate: float, kept: int) -> None:
-    assert Slice().realise(128, rate).run == kept
+    assert Slice().fit(128, rate).run == kept
 
 
 def test_scale_makes_up_for_the_drawn_rate() -> None:
-    fit = Slice().realise(67, 0.3)
+    fit = Slice().fit(67, 0.3)
     assert fit.scale * (1 - fit.drawn_rate) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_axis_of_one_unit_is_refused() -> None:
     with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) cannot be dropped in part"):
-        Slice().realise(1, 0.5)
+        Slice().fit(1, 0.5)
 
 
 @pytest.mark.parametrize(("units", "rate"), [(3, 0.5), (2, 0.3), (10, 0.25), (5, 0.01)])
 def test_axis_too_narrow_for_the_rate_is_refused(units: int, rate: float) -> None:
     with pytest.raises(PatternRefused, match=f"no window over {units} units meets rate {rate} to within 0.02"):
-        Slice().realise(units, rate)
+        Slice().fit(units, rate)
 
 
 def test_narrow_axis_that_fits_is_served() -> None:
-    assert Slice().realise(2, 0.5).run == 1
+    assert Slice().fit(2, 0.5).run == 1
 
 
 # -- drawing --------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_mask_holds_the_scale_at_the_window(rate: float) -> None:
     for draw in drawn(67, rate, 20):
         mask = draw.mask(torch.float64)
         assert set(mask.nonzero().flatten().tolist()) == set(draw.units().tolist())
-        torch.testing.assert_close(mask[draw.units()], torch.full((draw.width,), draw.realisation.scale).double())
+        torch.testing.assert_close(mask[draw.units()], torch.full((draw.width,), draw.fit.scale).double())
         assert mask.sum().item() == pytest.approx(67, abs=1e-6)
 
 
@@ -99,7 +99,7 @@ def test_scale_is_a_number() -> None:
 def test_every_unit_is_kept_equally_often(units: int, rate: float) -> None:
     draws = drawn(units, rate, 3000)
     kept = torch.stack([draw.mask(torch.float32) != 0 for draw in draws]).sum(0)
-    assert_binomial(kept.tolist(), 3000, 1 - draws[0].realisation.drawn_rate)
+    assert_binomial(kept.tolist(), 3000, 1 - draws[0].fit.drawn_rate)
 
 
 @pytest.mark.parametrize("units", [16, 67])

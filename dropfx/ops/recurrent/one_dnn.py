@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dropfx.ops.define import define, first_derivative_only
-from dropfx.ops.runs import KeptWeight, runs
+from dropfx.ops.runs import GatheredWeight, runs
 
 _LSTM = 2  # its mode
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -46,14 +46,14 @@ def _layer(
     return out.contiguous(), h.clone(), c.clone(), *_boxed(kept, _bound(x, w_hh) if size is None else size)
 
 
-def _kept(w_ih: Tensor, cols: Tensor | None, col_run: int) -> KeptWeight:
-    return KeptWeight(w_ih, None, runs(cols, col_run))
+def _kept(w_ih: Tensor, cols: Tensor | None, col_run: int) -> GatheredWeight:
+    return GatheredWeight(w_ih, None, runs(cols, col_run))
 
 
-def _operands(tensors: list[Tensor], weight: KeptWeight) -> list[Tensor]:
+def _operands(tensors: list[Tensor], weight: GatheredWeight) -> list[Tensor]:
     """As oneDNN takes them: of W_ih the kept columns, and all in float32, for autocast may have been here."""
     x, w_ih, *others = tensors
-    return [t.float().contiguous() for t in (x, weight.take(w_ih), *others)]
+    return [t.float().contiguous() for t in (x, weight.gather(w_ih), *others)]
 
 
 def _run(tensors: list[Tensor], reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,7 +120,7 @@ def _layer_backward(
     )
     grads = [g.to(t.dtype) for g, t in zip(made, tensors, strict=True)]
     if mask[1]:
-        grads[1] = weight.put(grads[1]).contiguous()
+        grads[1] = weight.scatter(grads[1]).contiguous()
     grads[4] = grads[4].clone()  # the two biases have one gradient, which an op may not return twice
     return [g for g, asked in zip(grads, mask, strict=True) if asked]
 

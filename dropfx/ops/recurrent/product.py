@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropfx.ops.runs import Runs, put, take
+from dropfx.ops.runs import Runs, gather, scatter
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(x [b, K], y [b, N]) -> x @ weight^T + y"""
@@ -42,11 +42,11 @@ def _plain(weight: Tensor) -> Product:
 
 
 def _of_columns(product: Product, cols: Runs) -> Product:
-    return lambda x, y: product(take(x, 1, cols).contiguous(), y)
+    return lambda x, y: product(gather(x, 1, cols).contiguous(), y)
 
 
 def _onto_rows(product: Product, rows: Runs, zeros: Tensor) -> Product:
-    return lambda x, y: y + put(product(x, zeros[: x.size(0)]), 1, rows, y.size(1))
+    return lambda x, y: y + scatter(product(x, zeros[: x.size(0)]), 1, rows, y.size(1))
 
 
 def _packed(weight: Tensor, batch: int) -> Product:

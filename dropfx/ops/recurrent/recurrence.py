@@ -20,7 +20,7 @@ from dropfx.ops.define import define, eager, first_derivative_only, whole
 from dropfx.ops.recurrent import gru, lstm, rnn
 from dropfx.ops.recurrent.cells import Flows, Saved, Weights
 from dropfx.ops.recurrent.steps import Steps, steps_of
-from dropfx.ops.runs import Runs, runs, take
+from dropfx.ops.runs import Runs, gather, runs
 
 _INSTEAD = "dropfx.restore(model) gives back that of torch.nn"
 
@@ -108,7 +108,7 @@ def _gradients(
 
 
 def _kept(x: Tensor, kept: Runs | None) -> Tensor:
-    return x if kept is None else take(x, 1, kept)
+    return x if kept is None else gather(x, 1, kept)
 
 
 # -- for compilers --------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import INSTEAD, whole
-from dropfx.ops.kept_weight import kept_weight_op, worth_gathering_again
+from dropfx.ops.gathered_weight import gathered_weight_op, worth_gathering_again
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import Runs, runs, stored_transposed, take
+from dropfx.ops.runs import Runs, gather, runs, stored_transposed
 
 
-class _KeptLinear(torch.autograd.Function):
+class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -40,7 +40,7 @@ class _KeptLinear(torch.autograd.Function):
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
         ctx.flipped = stored_transposed(weight)
         kept = runs(rows, row_run)
-        return whole(scaled_linear(x, compact, bias if bias is None or kept is None else take(bias, 0, kept), scale))
+        return whole(scaled_linear(x, compact, bias if bias is None or kept is None else gather(bias, 0, kept), scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -58,7 +58,7 @@ class _KeptLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.size(-1))
         dx = dw = db = None
         if wants_x:
-            compact = kept_weight_op(kept, *at, after=grad) if ctx.again else kept
+            compact = gathered_weight_op(kept, *at, after=grad) if ctx.again else kept
             dx = scaled_mm(dy, compact.to(dy.dtype), ctx.scale).to(x.dtype).view(x.shape)
         if wants_weight:
             flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape
@@ -100,10 +100,10 @@ def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
     return y.index_select(dim, slots.clamp(min=0)).masked_fill((slots < 0).view(shape), 0)
 
 
-def kept_linear(*operands: Any) -> Tensor:
+def gathered_linear(*operands: Any) -> Tensor:
     """The product of (x, weight, compact, bias, rows, row_run, cols, col_run, scale), as `_KeptLinear` names them.
 
-    compact: W[rows][:, cols], by `kept_weight`. W's own values are not read.
+    compact: W[rows][:, cols], by `gathered_weight`. W's own values are not read.
     """
-    made: Tensor = _KeptLinear.apply(*operands)  # type: ignore[no-untyped-call]
+    made: Tensor = _GatheredLinear.apply(*operands)  # type: ignore[no-untyped-call]
     return made

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import define
-from dropfx.ops.runs import KeptWeight, runs, stored_transposed
+from dropfx.ops.runs import GatheredWeight, runs, stored_transposed
 
 _GATHER_AGAIN = 512
 """Rows of x from which on a large kept weight is gathered again for the input gradient rather than held until then.
@@ -31,7 +31,7 @@ def worth_gathering_again(x: Tensor, compact: Tensor) -> bool:
     return all(type(n) is int for n in sizes) and sizes[0] >= _GATHER_AGAIN and sizes[1] > 2 * sizes[2]
 
 
-def _kept_weight(
+def _gathered_weight(
     weight: Tensor,
     rows: Tensor | None,
     row_run: int,
@@ -39,22 +39,22 @@ def _kept_weight(
     col_run: int,
     after: Tensor | None = None,
 ) -> Tensor:
-    out = KeptWeight(weight, runs(rows, row_run), runs(cols, col_run)).take(weight)
+    out = GatheredWeight(weight, runs(rows, row_run), runs(cols, col_run)).gather(weight)
     # a window: a registered op may not return a view of its input
     if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
-        return _kept_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
+        return _gathered_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
     return out
 
 
-def _kept_weight_fake(weight: Tensor, *runs_of_axes: Any) -> Tensor:
+def _gathered_weight_fake(weight: Tensor, *runs_of_axes: Any) -> Tensor:
     rows, row_run, cols, col_run, *_ = runs_of_axes
     n = weight.size(0) if rows is None else rows.size(-1) * row_run
     k = weight.size(1) if cols is None else cols.size(-1) * col_run
     return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
 
 
-kept_weight_op = define("kept_weight", _kept_weight, _kept_weight_fake)
-"""W[rows][:, cols] without a gradient: `kept_linear` makes the weight's gradient.
+gathered_weight_op = define("gathered_weight", _gathered_weight, _gathered_weight_fake)
+"""W[rows][:, cols] without a gradient: `gathered_linear` makes the weight's gradient.
 
 Not before there is `after`, whose values are not read.
 """

@@ -17,7 +17,7 @@ from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.planning.lowering import forms_of
 
 
-def share_weights(module: fx.GraphModule, context: Context) -> PassResult:
+def hoist_weight_gathers(module: fx.GraphModule, context: Context) -> PassResult:
     """Gather once what several products read of a weight; not where kernels that gather as they go are asked for."""
     alike: dict[Any, list[fx.Node]] = {}
     for node in [] if context.options.lowering == "triton" else module.graph.nodes:
@@ -46,20 +46,20 @@ def _share(nodes: list[fx.Node]) -> None:
     weight, _, rows, row_run, cols, col_run, scale = nodes[0].args[1:8]
     biases: dict[Any, Any] = {}
     with graph.inserting_before(nodes[0]):
-        kept = _take(_take(weight, rows, row_run, 0), cols, col_run, 1)
+        kept = _gather(_gather(weight, rows, row_run, 0), cols, col_run, 1)
         if scale != 1.0:
             kept = insert(graph, ops.scale_units, (kept, scale, -1), like=kept)
     for node in nodes:
         x, _, bias, *_ = node.args
         with graph.inserting_before(node):
             if bias not in biases:
-                biases[bias] = _take(bias, rows, row_run, 0)
+                biases[bias] = _gather(bias, rows, row_run, 0)
             product = insert(graph, F.linear, (x, kept, biases[bias]), like=node)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
 
 
-def _take(value: Any, starts: Any, run: Any, dim: int) -> Any:
+def _gather(value: Any, starts: Any, run: Any, dim: int) -> Any:
     if value is None or starts is None:
         return value
-    return insert(value.graph, ops.take_op, (value, starts, run, dim, 0), like=value)
+    return insert(value.graph, ops.gather_op, (value, starts, run, dim, 0), like=value)

@@ -18,7 +18,7 @@ from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
 
 
-def lead_with_time(module: fx.GraphModule, context: Context) -> PassResult:
+def time_major(module: fx.GraphModule, context: Context) -> PassResult:
     """Bring steps to the front of the sites of batch-first recurrent networks, under groups="time"."""
     modified = False
     if context.options.groups != "time" or context.time_axis != 1:

@@ -14,7 +14,7 @@ import dropfx
 from dropfx.bench import harness
 from dropfx.bench.lstm import Case
 from dropfx.bench.steps import Workload
-from dropfx.ops import EAGER, gather_again, kept_weight, linear_op, take_op
+from dropfx.ops import EAGER, gather_op, gathered_weight, linear_op, recompute_gather
 
 STEPS, BATCH, INPUTS, UNITS = 3, 2, 12, 4
 STARTS, RUN = torch.tensor([0, 8]), 4
@@ -35,13 +35,13 @@ class Layer:
 
     def __call__(self, again: bool = True) -> Tensor:
         whole, *others = self.weights
-        kept = EAGER[take_op](whole, STARTS, RUN, 1)
+        kept = EAGER[gather_op](whole, STARTS, RUN, 1)
         self.kept = StorageWeakRef(kept.untyped_storage())
         state = torch.zeros(1, BATCH, UNITS)
         hx = (state, state) if self.kind == "lstm" else state
         args = self.x, hx, [kept, *others], True, 1, 0.0, True, False, False
         if again:
-            return gather_again(self.kind, kept, whole, STARTS, RUN, 1, *args)[0]
+            return recompute_gather(self.kind, kept, whole, STARTS, RUN, 1, *args)[0]
         made: tuple[Tensor, ...] = getattr(torch, self.kind)(*args)
         return made[0]
 
@@ -102,7 +102,7 @@ def test_where_hooks_are_forbidden() -> None:
 @pytest.mark.parametrize("threshold", [0, 10**9])
 def test_linear(threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(kept_weight, "_GATHER_AGAIN", threshold)
+    monkeypatch.setattr(gathered_weight, "_GATHER_AGAIN", threshold)
     x, weight, bias = torch.randn(6, 8), torch.randn(40, 12), torch.randn(40)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     out = EAGER[linear_op](*leaves, None, 0, STARTS, RUN, 2.0)

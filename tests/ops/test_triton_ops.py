@@ -12,8 +12,8 @@ from torch.library import opcheck
 import dropfx
 from dropfx import kernels, ops
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops import by_kernels
-from dropfx.ops.by_kernels import FROM_OUTPUT, KERNELS, activated_linear_op
+from dropfx.ops import triton_ops
+from dropfx.ops.triton_ops import FROM_OUTPUT, KERNELS, activated_linear_op
 from tests.case import mlp
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -43,12 +43,12 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear, groups": (linear, (leaf(5, 2, 24), leaf(20, 32), leaf(20), None, 0, GROUPED, 8, 1.5, 0, 5)),
         "linear, two leading axes": (linear, (leaf(10, 24), leaf(32, 32), None, GROUPED, 8, GROUPED, 8, 1.0, 10, 5)),
         "tiled": (ops.tiled_linear_op, (leaf(6, 32), leaf(20, 32), leaf(20), 8, 4, lattice, 1.5)),
-        "take": (ops.take_op, (leaf(4, 32), STARTS, 8, -1)),
-        "take, other axis": (ops.take_op, (leaf(2, 32, 3), STARTS, 8, 1)),
-        "take, groups": (ops.take_op, (leaf(5, 2, 32), GROUPED, 8, -1, 5)),
-        "put": (ops.put_op, (leaf(4, 24), STARTS, 8, -1, 32)),
-        "put, ragged": (ops.put_op, (leaf(4, 24), RAGGED, 8, -1, 30)),
-        "put, groups": (ops.put_op, (leaf(5, 2, 24), GROUPED, 8, -1, 32, 5)),
+        "gather": (ops.gather_op, (leaf(4, 32), STARTS, 8, -1)),
+        "take, other axis": (ops.gather_op, (leaf(2, 32, 3), STARTS, 8, 1)),
+        "take, groups": (ops.gather_op, (leaf(5, 2, 32), GROUPED, 8, -1, 5)),
+        "scatter": (ops.scatter_op, (leaf(4, 24), STARTS, 8, -1, 32)),
+        "put, ragged": (ops.scatter_op, (leaf(4, 24), RAGGED, 8, -1, 30)),
+        "put, groups": (ops.scatter_op, (leaf(5, 2, 24), GROUPED, 8, -1, 32, 5)),
         "residual": (ops.residual_add_op, (leaf(4, 32), leaf(4, 24), STARTS, 8, -1, 32, 0.5)),
         "residual, broadcast": (ops.residual_add_op, (leaf(32), leaf(4, 24), STARTS, 8, -1, 32, 1.0)),
         "residual, larger": (ops.residual_add_op, (leaf(2, 4, 32), leaf(4, 24), STARTS, 8, -1, 32, 1.0)),
@@ -71,7 +71,7 @@ def test_twins_agree(name: str) -> None:
         assert ours.stride() == theirs.stride()
 
 
-@pytest.mark.parametrize("name", ["linear, cols", "linear, transposed", "tiled", "take", "put", "residual"])
+@pytest.mark.parametrize("name", ["linear, cols", "linear, transposed", "tiled", "gather", "scatter", "residual"])
 def test_opcheck(name: str) -> None:
     op, args = cases()[name]
     opcheck(KERNELS[op], args)
@@ -136,7 +136,7 @@ def test_double_precision_goes_to_the_reference(name: str) -> None:
 
 def test_a_cpu_beside_a_gpu_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the interpreter no kernel runs on the CPU."""
-    monkeypatch.setattr(by_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "gathered_matmul", None)
     x, weight = torch.randn(6, 24), torch.randn(20, 32)
     args = (x, weight, None, None, 0, STARTS.cpu(), 8, 1.0)

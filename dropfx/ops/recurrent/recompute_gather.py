@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from dropfx.ops.define import EAGER
-from dropfx.ops.units import take_op
+from dropfx.ops.units import gather_op
 
 
-def gather_again(
+def recompute_gather(
     kind: str, kept: Tensor, weight: Tensor, starts: Tensor, run: int, dim: int, *args: Any
 ) -> tuple[Tensor, ...]:
-    """torch.<kind>(*args), which reads kept = take(weight, starts, run, dim).
+    """torch.<kind>(*args), which reads kept = gather(weight, starts, run, dim).
 
     Raises:
         RuntimeError: in backward, where `weight` was changed in place in between, as of any saved tensor.
@@ -43,7 +43,7 @@ def gather_again(
                 f" weight of shape {list(weight.shape)} is at version {weight._version}; expected version {version}"
             )
         with torch.no_grad():
-            again: Tensor = EAGER[take_op](weight, starts, run, dim)
+            again: Tensor = EAGER[gather_op](weight, starts, run, dim)
         return again
 
     with saved_tensors_hooks(pack, unpack):

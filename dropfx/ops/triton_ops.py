@@ -196,17 +196,17 @@ def _tiled_linear_backward(
 # -- units ------------------------------------------------------------------------------------------------------------
 
 
-def _take(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+def _gather(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
     if not _served(x):
-        return unit_ops._take(x, starts, run, dim, leading)
-    return kernels.take_units(x, dim, Axis(starts, run, x.size(dim)), _leading_of(x, dim, starts, run, leading))
+        return unit_ops._gather(x, starts, run, dim, leading)
+    return kernels.gather_units(x, dim, Axis(starts, run, x.size(dim)), _leading_of(x, dim, starts, run, leading))
 
 
-def _put(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+def _scatter(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
     kept = Axis(starts, run, units)
     if kept.ragged or not _served(y):
-        return unit_ops._put(y, starts, run, dim, units, leading)
-    return kernels.put_units(y, dim, kept, _leading_of(y, dim, starts, run, leading))
+        return unit_ops._scatter(y, starts, run, dim, units, leading)
+    return kernels.scatter_units(y, dim, kept, _leading_of(y, dim, starts, run, leading))
 
 
 def _residual_add(
@@ -217,7 +217,7 @@ def _residual_add(
     # a base with axes of its own would have y read several times
     if kept.ragged or not _served(base, y) or torch.broadcast_shapes(base.shape, shape) != shape:
         return residual._residual_add(base, y, starts, run, dim, units, alpha, leading)
-    return kernels.put_units(y, dim, kept, _leading_of(y, dim, starts, run, leading), base.expand(shape), alpha)
+    return kernels.scatter_units(y, dim, kept, _leading_of(y, dim, starts, run, leading), base.expand(shape), alpha)
 
 
 def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> int:
@@ -270,8 +270,8 @@ _linear_backward_op = define("linear_backward_triton", _linear_backward, linear.
 activated_linear_op = define("activated_linear_triton", _activated_linear, _activated_fake)
 _tiled_op = _twin(tiles.tiled_linear_op, _tiled_linear, tiles._tiled_linear_fake)
 _tiled_backward_op = define("tiled_linear_backward_triton", _tiled_linear_backward, tiles._tiled_linear_backward_fake)
-_take_op = _twin(unit_ops.take_op, _take, unit_ops._take_fake)
-_put_op = _twin(unit_ops.put_op, _put, unit_ops._put_fake)
+_gather_op = _twin(unit_ops.gather_op, _gather, unit_ops._gather_fake)
+_scatter_op = _twin(unit_ops.scatter_op, _scatter, unit_ops._scatter_fake)
 _residual_op = _twin(residual.residual_add_op, _residual_add, residual._fake)
 
 for _op in (_linear_backward_op, _tiled_backward_op):
@@ -282,8 +282,8 @@ for _op, _save, _formula in (
     (_linear_op, linear._save, linear.formula(_linear_backward_op)),
     (activated_linear_op, _save_activated, _activated_formula),
     (_tiled_op, tiles._save, tiles.formula(_tiled_backward_op)),
-    (_take_op, unit_ops._save_take, unit_ops.take_formula(_put_op)),
-    (_put_op, unit_ops._save_put, unit_ops.put_formula(_take_op)),
-    (_residual_op, residual._save, residual.formula(_take_op)),
+    (_gather_op, unit_ops._save_gather, unit_ops.gather_formula(_scatter_op)),
+    (_scatter_op, unit_ops._save_scatter, unit_ops.scatter_formula(_gather_op)),
+    (_residual_op, residual._save, residual.formula(_gather_op)),
 ):
     torch.library.register_autograd(_op, _formula, setup_context=_save)

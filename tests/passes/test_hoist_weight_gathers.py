@@ -1,4 +1,4 @@
-"""share_weights and fold_masks on graphs built by hand and on cells: what steps share is gathered once."""
+"""hoist_weight_gathers and fold_masks on graphs built by hand and on cells: what steps share is gathered once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dropfx.graph.pass_infra import Context, Site, run_passes
 from dropfx.options import make_options
 from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks
+from dropfx.passes.hoist_weight_gathers import hoist_weight_gathers
 from dropfx.passes.plan_regions import Form
-from dropfx.passes.share_weights import share_weights
 from tests.capture import trace
 from tests.models import CASES
 from tests.models_cells import ONE_MASK
@@ -30,9 +30,7 @@ NAMES = ("x", "y", "weight", "bias", "starts")
 def context(**options: Any) -> Context:
     made = make_options(min_speedup=0, **options)
     groups = made.groups if isinstance(made.groups, int) else 1
-    return Context(
-        made, DEVICES["cpu"], sites=[Site("drop", 0.5, groups=groups, realisation=made.pattern.realise(16, 0.5))]
-    )
+    return Context(made, DEVICES["cpu"], sites=[Site("drop", 0.5, groups=groups, fit=made.pattern.fit(16, 0.5))])
 
 
 def products(rows: bool = False, scales: tuple[float, float] = (2.0, 2.0), **meta: Any) -> fx.GraphModule:
@@ -64,13 +62,13 @@ def targets(module: fx.GraphModule) -> list[Any]:
 def test_gathered_once(rows: bool) -> None:
     module = products(rows)
     expected = gradients(module)
-    assert share_weights(module, context()).modified
+    assert hoist_weight_gathers(module, context()).modified
     assert targets(module).count(F.linear) == 2
-    assert targets(module).count(ops.take_op) == (3 if rows else 1)  # of rows the bias too
+    assert targets(module).count(ops.gather_op) == (3 if rows else 1)  # of rows the bias too
     assert targets(module).count(ops.scale_units) == 1
     for got, want in zip(gradients(module), expected, strict=True):
         torch.testing.assert_close(got, want)
-    assert not share_weights(module, context()).modified
+    assert not hoist_weight_gathers(module, context()).modified
 
 
 @pytest.mark.parametrize(
@@ -84,18 +82,18 @@ def test_gathered_once(rows: bool) -> None:
 )
 def test_refuses(made: dict[str, Any], options: dict[str, Any]) -> None:
     module = products(**made)
-    assert not share_weights(module, context(**options)).modified
+    assert not hoist_weight_gathers(module, context(**options)).modified
     assert targets(module).count(ops.linear_op) == 2
 
 
 def multiplied(ones: str = "ones", **meta: Any) -> tuple[fx.GraphModule, Context]:
-    """take(x) * (take(ones) * scale)"""
+    """gather(x) * (gather(ones) * scale)"""
     graph = fx.Graph()
     x, starts, scale = (graph.placeholder(name) for name in ("x", "starts", "scale"))
     x.meta = {"val": torch.empty(3, 16)}
     made = graph.call_function(getattr(torch, ones), ((3, 16),) if ones == "ones" else (x,))
     form = Form(0, Axis(-1))
-    kept = [graph.call_function(ops.take_op, (value, starts, 4, -1, 0)) for value in (x, made)]
+    kept = [graph.call_function(ops.gather_op, (value, starts, 4, -1, 0)) for value in (x, made)]
     mask = graph.call_function(ops.scale_units, (kept[1], scale, -1))
     product = graph.call_function(torch.mul, (kept[0], mask))
     for node in (*kept, mask, product):
@@ -143,8 +141,8 @@ def test_each_weight_of_a_loop_is_gathered_once(name: str, pattern: str) -> None
     model, (args, kwargs) = case.make(), case.call(4)
     prepared = Context(make_options(min_speedup=0, pattern=pattern), DEVICES["cpu"])
     graph = run_passes(model, trace(model, args, kwargs), PIPELINE, prepared)
-    take = ops.EAGER[ops.take_op]
-    weights = [n.args[0].target for n in graph.nodes if n.target is take and is_parameter(n.args[0])]
+    gather = ops.EAGER[ops.gather_op]
+    weights = [n.args[0].target for n in graph.nodes if n.target is gather and is_parameter(n.args[0])]
     assert len(weights) == len(set(weights))
     gathered = {"input": "ih", "state": "hh"} if name[:3] != "own" else {"input": "of_input", "state": "of_state"}
     assert len(weights) == sum(place in gathered for place in ONE_MASK[name][1].split())

@@ -1,4 +1,4 @@
-"""kept_linear against the masked dense product and `linear`, whose result and gradients it has."""
+"""gathered_linear against the masked dense product and `linear`, whose result and gradients it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dropfx import ops
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops import kept_weight
+from dropfx.ops import gathered_weight
 
 N, K, ROWS = 24, 24, 6
 KEPT = {  # starts and run
@@ -38,8 +38,8 @@ def operands(cols: tuple[Tensor | None, int], dtype: torch.dtype = torch.float64
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Any, cols: Any, scale: float) -> Tensor:
-    compact = ops.kept_weight_op(weight.detach(), *rows, *cols)
-    return ops.kept_linear(x, weight, compact, bias, *rows, *cols, scale)
+    compact = ops.gathered_weight_op(weight.detach(), *rows, *cols)
+    return ops.gathered_linear(x, weight, compact, bias, *rows, *cols, scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "stored transposed"])
@@ -76,7 +76,7 @@ def test_gradcheck(name: str) -> None:
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_large_weight_is_gathered_again(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_weight, "_GATHER_AGAIN", 0 if again else ROWS + 1)
+    monkeypatch.setattr(gathered_weight, "_GATHER_AGAIN", 0 if again else ROWS + 1)
     cols = starts_of("wide")
     leaves = operands(cols)
 
@@ -88,7 +88,7 @@ def test_a_large_weight_is_gathered_again(again: bool, monkeypatch: pytest.Monke
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want)
     targets = [node.target for node in make_fx(gradients)(*leaves).graph.nodes]
-    assert targets.count(ops.kept_weight_op) == 1 + again
+    assert targets.count(ops.gathered_weight_op) == 1 + again
 
 
 def test_no_bias_leading_dimensions_and_frozen_operands() -> None:
@@ -111,7 +111,7 @@ def test_a_compiler_sees_the_products() -> None:
 
     graph = make_fx(step)(*leaves).graph
     targets = [str(node.target) for node in graph.nodes]
-    assert [t for t in targets if "dropfx" in t] == ["dropfx.kept_weight.default"]
+    assert [t for t in targets if "dropfx" in t] == ["dropfx.gathered_weight.default"]
     assert targets.count("aten.addmm.default") == 3
 
 
