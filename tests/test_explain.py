@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import dropfx
-from tests.case import Case, mlp, recording
-from tests.models import CASES
-from tests.test_equivalence import every
+from tests.catalogue import CASES
+from tests.catalogue.case import Case, mlp, recording
+from tests.catalogue.test_equivalence import every
 
 ALL = {"min_speedup": 0}
 TRACEABLE = (

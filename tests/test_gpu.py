@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.case import mlp
+from tests.catalogue.case import mlp
 
 pytestmark = pytest.mark.gpu
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import dropfx
 from dropfx.testing import assert_equivalent, record
-from tests import comparison, oracle
-from tests.case import mlp, pair
-from tests.models import CASES
-from tests.test_equivalence import every
+from tests.catalogue import CASES
+from tests.catalogue.case import mlp, pair
+from tests.catalogue.test_equivalence import every
+from tests.oracle import comparison, oracle
 
 ALL = {"min_speedup": 0}
 # models with tensors that are no leaves can't be copied

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 import dropfx
-from tests import oracle
-from tests.case import mlp, recording
+from tests.catalogue.case import mlp, recording
 from tests.distributed.harness import WORLD, Checks
+from tests.oracle import oracle
 
 checks = Checks()
 STEPS, UNITS = 200, 64

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dropfx
-from tests import oracle
 from tests.distributed import steps
 from tests.distributed.harness import Checks
 from tests.distributed.steps import batch, make, train
+from tests.oracle import oracle
 
 checks = Checks()
 

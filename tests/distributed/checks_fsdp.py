@@ -23,11 +23,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 import dropfx
 from dropfx.draws.runtime import shared
 from dropfx.ops import linear
-from tests import oracle
 from tests.distributed import steps
 from tests.distributed.checks_ddp import Checkpointed, forward_backward_once
 from tests.distributed.harness import WORLD, Checks
 from tests.distributed.steps import Block, Net, batch, forward_backward, gradients, make, mine, same, train
+from tests.oracle import oracle
 
 checks = Checks()
 

@@ -8,12 +8,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests import oracle
 from tests.distributed.checks_dynamo import block_by_block, check_blocks, check_cut, options
 from tests.distributed.checks_fsdp import compiled, shard_blocks
 from tests.distributed.checks_tensor_parallel import check_under_dynamo
 from tests.distributed.harness import WORLD, Checks
 from tests.distributed.steps import SITES, batch, forward_backward, gradients, make, masks_of_all, same, train
+from tests.oracle import oracle
 
 checks = Checks()
 

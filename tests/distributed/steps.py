@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests import comparison, oracle
-from tests.case import recording
+from tests.catalogue.case import recording
 from tests.distributed.harness import WORLD
+from tests.oracle import comparison, oracle
 
 ROWS, WIDTH, CLASSES = 4, 48, 8
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "module.")

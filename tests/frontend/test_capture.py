@@ -19,7 +19,7 @@ from torch.utils import checkpoint as checkpointing
 import dropfx
 from dropfx.frontend import capture
 from dropfx.patterns import Block, Pattern, Slice
-from tests.case import check_step, mlp, recording
+from tests.catalogue.case import check_step, mlp, recording
 
 ALL = {"min_speedup": 0}
 LOGGER = logging.getLogger("dropfx.tests")

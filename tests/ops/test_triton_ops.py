@@ -14,7 +14,7 @@ from dropfx import kernels, ops
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops import triton_ops
 from dropfx.ops.triton_ops import FROM_OUTPUT, KERNELS, activated_linear_op
-from tests.case import mlp
+from tests.catalogue.case import mlp
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 

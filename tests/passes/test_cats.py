@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.both_ways import Body, check_both_ways
+from tests.promises.both_ways import Body, check_both_ways
 
 Forward = Callable[[Any, Tensor], Any]
 

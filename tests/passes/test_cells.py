@@ -18,8 +18,8 @@ from dropfx.passes import PIPELINE
 from dropfx.passes.expand_cells import expand_cells
 from dropfx.passes.join_cells import join_cells
 from tests.capture import trace
-from tests.models import CASES
-from tests.models_cells import CELLS
+from tests.catalogue import CASES
+from tests.catalogue.cells import CELLS
 
 
 def run(name: str, *passes: Any, **options: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.both_ways import Body, check_both_ways
+from tests.promises.both_ways import Body, check_both_ways
 
 IDENTITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "rate_0": lambda h: F.dropout(h, 0.0),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.both_ways import check_both_ways
+from tests.promises.both_ways import check_both_ways
 
 Split = Callable[[Tensor], Sequence[Tensor]]
 

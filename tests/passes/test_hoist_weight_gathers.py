@@ -20,8 +20,8 @@ from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.hoist_weight_gathers import hoist_weight_gathers
 from dropfx.passes.plan_regions import Form
 from tests.capture import trace
-from tests.models import CASES
-from tests.models_cells import ONE_MASK
+from tests.catalogue import CASES
+from tests.catalogue.cells import ONE_MASK
 
 INPUTS = (torch.randn(3, 8), torch.randn(3, 8), torch.randn(16, 16), torch.randn(16), torch.tensor([0, 12]))
 NAMES = ("x", "y", "weight", "bias", "starts")

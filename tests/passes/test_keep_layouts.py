@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.both_ways import check_both_ways, compiled_both_ways
-from tests.case import check_step
+from tests.catalogue.case import check_step
+from tests.promises.both_ways import check_both_ways, compiled_both_ways
 
 UNITS = 64
 

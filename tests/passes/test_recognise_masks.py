@@ -20,8 +20,8 @@ from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.recognise_masks import recognise_masks
 from tests.capture import trace
-from tests.models import CASES
-from tests.models_masks import OTHERS, SEVERAL
+from tests.catalogue import CASES
+from tests.catalogue.masks import OTHERS, SEVERAL
 
 PASSES = (functionalize, recognise_masks)
 

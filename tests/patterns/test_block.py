@@ -6,7 +6,7 @@ import torch
 from dropfx.draws.draw_plan import Draw, DrawPlan
 from dropfx.errors import InvalidOption
 from dropfx.patterns import Block, PatternRefused
-from tests.statistics_of_draws import assert_binomial
+from tests.draws.statistics_of_draws import assert_binomial
 
 UNITS = [32, 62, 64, 96, 100, 250, 768, 1000, 4096, 10240]
 RATES = [0.05, 0.1, 0.25, 0.5, 0.7, 0.95]

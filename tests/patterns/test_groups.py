@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dropfx.draws.draw_plan import Draw, DrawPlan
 from dropfx.patterns import Block, Pattern, Row, Slice
-from tests.statistics_of_draws import assert_binomial, assert_uniform, smallest_bias
+from tests.draws.statistics_of_draws import assert_binomial, assert_uniform, smallest_bias
 
 CASES = [
     (Block(8), 64, 0.5, 2),

@@ -9,7 +9,7 @@ from torch import Tensor
 from dropfx.draws.draw_plan import DrawPlan
 from dropfx.errors import InvalidOption
 from dropfx.patterns import Pattern, PatternRefused, Row, Tile, search
-from tests.statistics_of_draws import assert_binomial
+from tests.draws.statistics_of_draws import assert_binomial
 
 PERIODS_BY_RATE = [(0.01, 2), (0.3, 2), (0.45, 2), (0.5, 3), (0.6, 3), (0.7, 4), (0.9, 20)]
 AXES = [(64, 0.5), (67, 0.3), (100, 0.7), (5, 0.7), (4, 0.74), (2, 0.5), (3, 0.4)]

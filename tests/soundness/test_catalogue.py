@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.case import Case, check_step, pair
-from tests.models import CASES
+from tests.catalogue import CASES
+from tests.catalogue.case import Case, check_step, pair
 
 DTYPE = torch.float64
 

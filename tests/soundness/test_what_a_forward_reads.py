@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dropfx
-from tests.case import check_step
+from tests.catalogue.case import check_step
 
 WIDTH = 64
 GLOBAL: Any = 1.0

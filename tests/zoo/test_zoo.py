@@ -13,8 +13,8 @@ from torch import nn
 
 import dropfx
 from dropfx.bench.models import define_operators
-from tests import comparison, oracle
-from tests.case import compiled_run, sgd_step
+from tests.catalogue.case import compiled_run, sgd_step
+from tests.oracle import comparison, oracle
 from tests.zoo.catalogue import ZOO, Built, Entry
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]  # of their packages

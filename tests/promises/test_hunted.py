@@ -1,0 +1,246 @@
+"""What adversarial reading and fuzzing found, each a model that once came out wrong."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import dropfx
+from dropfx.patterns import Block, Tile
+from tests.catalogue.case import check_step, mlp
+
+
+class Net(nn.Module):
+    """32 -> 64 -> 8 with a forward of choice."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(32, 64), nn.Linear(64, 8), nn.Linear(64, 8), nn.Dropout(0.5)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def pair(forward: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    original = Net(forward).double()
+    return original, dropfx.compile(copy.deepcopy(original), **{"min_speedup": 0, **options})
+
+
+def product_of_slices(m: Net, x: Tensor) -> Tensor:
+    return m.b(m.d(F.relu(m.a(x[1:]))) * m.a(x)[:1])
+
+
+def sum_of_slices(m: Net, x: Tensor) -> Tensor:
+    return m.b(m.d(m.a(x[:-1]) + m.a(x[:1])))
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "slice"}, {"pattern": Block(7)}, {"pattern": "row"}], ids=str)
+@pytest.mark.parametrize("forward", [product_of_slices, sum_of_slices])
+def test_groups_where_the_leading_axis_was_1_in_the_trace(forward: Any, options: dict[str, Any]) -> None:
+    original, compiled = pair(forward, groups=2, **options)
+    for rows in (2, 6, 3, 2, 9):
+        x = torch.randn(rows, 5, 32, dtype=torch.float64)
+        check_step(original, compiled, (x,), dtype=torch.float64, seed=rows)
+
+
+@pytest.mark.parametrize("pattern", ["block", Block(7), "row"], ids=str)
+def test_groups_of_a_linear_called_by_keywords(pattern: Any) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.b(m.d(F.linear(weight=m.a.weight, bias=m.a.bias, input=x)))
+
+    original, compiled = pair(forward, groups=2, pattern=pattern)
+    masks = check_step(original, compiled, (torch.randn(70, 32, dtype=torch.float64),), dtype=torch.float64)
+    assert masks["d"].shape == (70, 64)
+
+
+@pytest.mark.parametrize("pattern", ["block", "tile"])
+@pytest.mark.parametrize("width", [256, 512, 768])
+def test_plan_is_the_same_under_no_grad(width: int, pattern: str) -> None:
+    """Reentrant checkpointing runs the first forward under no_grad: it must not decide otherwise."""
+    for batch in (16, 18, 20, 22, 32):
+        model = dropfx.compile(mlp(width, width, width), pattern=pattern)
+        frames = []
+        with dropfx.testing.record() as recorded:
+            out = checkpoint(model, torch.randn(batch, width, requires_grad=True), use_reentrant=True)
+            frames.append(set(recorded[0]))
+            out.sum().backward()
+            frames.append(set(recorded[-1]))
+        assert frames[0] == frames[1]
+
+
+def test_parametrize_cache_is_the_users() -> None:
+    inner = nn.Linear(32, 64)
+    parametrize.register_parametrization(inner, "weight", nn.Dropout(0.5))
+    model = dropfx.compile(nn.Sequential(inner, nn.ReLU(), nn.Dropout(), nn.Linear(64, 8)), pattern=Tile((4, 4)))
+    x = torch.randn(3, 32)
+    with parametrize.cached():
+        assert type(model(x)) is Tensor
+    model(x)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model(x)) is Tensor
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "slice"}, {"pattern": "row"}], ids=str)
+def test_empty_batch_in_a_view_of_named_sizes(options: dict[str, Any]) -> None:
+    original, compiled = pair(lambda m, x: m.b(m.d(m.a(x)).reshape(x.size(0) * x.size(1), 64)), **options)
+    for shape in ((0, 5, 32), (3, 5, 32), (0, 5, 32)):
+        check_step(original, compiled, (torch.randn(shape, dtype=torch.float64),), dtype=torch.float64)
+
+
+def test_torch_func_transforms_run_as_written() -> None:
+    model = dropfx.compile(mlp(8, 64, 4), min_speedup=0)
+    parameters, x = dict(model.named_parameters()), torch.randn(5, 8)
+    model(x)
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, given, (x,)).square().sum()
+
+    assert torch.func.grad(loss)(parameters).keys() == parameters.keys()
+    assert torch.func.vmap(model, randomness="same")(x).shape == (5, 4)
+
+
+@pytest.mark.parametrize("options", [{"pattern": "tile"}, {"pattern": Tile((8, 8))}, {}], ids=str)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.b(F.dropout(m.a(x), 0.5, True, True)),
+        lambda m, x: (m.c(m.d(m.a(x))), m.b(F.dropout(m.a(x))))[1],
+        lambda m, x: m.b(m.d(m.a(x))) - m.c(m.d(m.a(x))),
+        lambda m, x: m.b(m.d(m.a(x))) * F.linear(x, m.a.weight[0])[..., None],
+    ],
+    ids=["inplace", "dead", "twice", "vector_weight"],
+)
+def test_assert_equivalent(forward: Any, options: dict[str, Any]) -> None:
+    for _ in range(4):
+        dropfx.testing.assert_equivalent(Net(forward), torch.randn(6, 32), options={"min_speedup": 0, **options})
+
+
+def test_vector_weight_loses_no_site() -> None:
+    model = Net(lambda m, x: m.b(m.d(m.a(x))) * F.linear(x, m.a.weight[0])[..., None])
+    assert [s.rewritten for s in dropfx.explain(model, torch.randn(6, 32), options={"min_speedup": 0}).sites] == [True]
+
+
+def test_tiles_of_a_part_called_twice_have_one_kind_of_name() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d, self.b, self.c = nn.Dropout(), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.d(x)
+            return self.b(h) + self.c(h)
+
+    class Whole(nn.Module):
+        def __init__(self, hooked: bool) -> None:
+            super().__init__()
+            self.part = Part()
+            if hooked:
+                self.part.register_forward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(self.part(x))
+
+    expected = {"part.d[0]", "part.d[1]", "part.d#2[0]", "part.d#2[1]"}
+    for hooked in (False, True):
+        model = dropfx.compile(Whole(hooked), pattern="tile", min_speedup=0)
+        with dropfx.testing.record() as masks:
+            model(torch.randn(4, 64))
+        assert set(masks[0]) == expected
+        dropfx.testing.assert_equivalent(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"pattern": "row"}, {"pattern": "tile"}], ids=str)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_autocast_leaves_float64(inner: str, options: dict[str, Any]) -> None:
+    """As PyTorch's own products do: a gathered one gave bfloat16 in place of float64."""
+    torch._dynamo.reset()
+    model = Net(lambda m, x: m.b(m.d(F.relu(m.a(x))))).double()
+    compiled = torch.compile(model, backend="dropfx", options={"inner": inner, "min_speedup": 0, **options})
+    x = torch.randn(64, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = compiled(x)
+    assert out.dtype == torch.float64
+    out.sum().backward()
+    assert model.a.weight.grad is not None
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_statistics_of_a_normalisation_that_nobody_reads(inner: str) -> None:
+    """Its running statistics are written all the same: it went as dead code."""
+
+    class Normalised(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: (m.norm(m.a(x)), m.b(m.d(F.relu(m.a(x)))))[1])
+            self.norm = nn.BatchNorm1d(64)
+
+    torch._dynamo.reset()
+    model = Normalised()
+    compiled = torch.compile(model, backend="dropfx", options={"inner": inner, "min_speedup": 0})
+    compiled(torch.randn(8, 32))
+    assert model.norm.running_mean.abs().max() > 0
+
+
+def test_draws_in_a_checkpoint_that_nobody_reads() -> None:
+    """They are drawn all the same, as PyTorch's eager backend draws them: what comes behind draws from there."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        checkpoint(lambda y: F.dropout(y), x, use_reentrant=False)
+        return m.b(m.d(F.relu(m.a(x)))).sum() + F.dropout(x).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Net(forward), backend="dropfx", options={"inner": "eager", "min_speedup": 0})
+    x = torch.randn(8, 32)
+    torch.manual_seed(0)
+    with dropfx.draws.runtime.numbers_of_their_own():
+        compiled(x)
+    after = torch.rand(4)
+    torch.manual_seed(0)
+    F.dropout(x)
+    F.dropout(x)
+    assert torch.equal(after, torch.rand(4))
+
+
+def written_behind_a_dropout_of_nothing(m: Net, x: Tensor) -> Tensor:
+    hidden = m.a(x)
+    same = m.d(hidden)
+    hidden.mul_(2)
+    return m.b(same)
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.5, 0.0, 0.5, 0.0)])
+def test_a_dropout_of_rate_0_returns_its_input_itself(rates: tuple[float, ...]) -> None:
+    """Not a copy, so that a write into the input reaches its readers (fuzzed: seed 31, index 1171)."""
+    original, compiled = pair(written_behind_a_dropout_of_nothing)
+    for seed, rate in enumerate(rates):
+        original.d.p = compiled.d.p = rate
+        check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64, seed=seed)
+
+
+def test_a_dropout_in_eval_returns_its_input_itself() -> None:
+    original, compiled = pair(written_behind_a_dropout_of_nothing)
+    for model in (original, compiled):
+        model.d.eval()
+    check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)
+
+
+def test_an_index_of_a_view_that_was_written_to() -> None:
+    """No result of an operation with several, which a write may pass by (fuzzed: seed 31, index 1171)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.b(m.d(F.relu(m.a(x))))
+        turned = h.movedim(-1, -2)
+        h.clamp_(-0.1, 0.1)
+        return turned[..., torch.arange(turned.size(-1) - 1, -1, -1)]
+
+    original, compiled = pair(forward)
+    check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)
