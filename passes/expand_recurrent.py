@@ -120,6 +120,8 @@ def _expand(node: fx.Node, call: Call, context: Context) -> list[fx.Node]:
             last.append(state)
         value = outs[0] if len(outs) == 1 else emit(torch.cat, outs, -1)
         value = emit("transpose", value, 0, 1) if call.batch_first else value
+    if "pinned" in node.meta:  # the op keeps an output for backward, which a write into the result must not reach
+        value = emit("clone", value)
     return [value, *(emit(torch.stack, list(states)) for states in zip(*last, strict=True))]
 
 

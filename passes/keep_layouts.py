@@ -6,8 +6,6 @@ the model, under the same seed, though its neighbours were turned or made compac
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from dropfx.graph.nodes import argument, op_name, value_of
@@ -16,13 +14,20 @@ from dropfx.graph.pass_infra import Context, PassResult
 _DRAWING = ("dropout", "alpha_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "rrelu")
 """Operations that draw a number for each element of their input; those of whole channels draw in the axes' order."""
 
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like")
+"""Operations whose result lies as their input does, and may be drawn into."""
+
 
 def keep_layouts(module: fx.GraphModule, context: Context) -> PassResult:
     """Bring what such operations read into the layout that it had in the trace, where anything was rewritten."""
     modified = False
     for node in list(module.graph.nodes) if context.draws else []:
         source = argument(node, 0, "input")
-        if op_name(node) in _DRAWING and isinstance(source, fx.Node) and "pinned" not in node.meta:
+        if (
+            op_name(node) in (*_DRAWING, *_LIKE)
+            and isinstance(source, fx.Node)
+            and (op_name(node) in _LIKE or "pinned" not in node.meta)
+        ):
             modified |= _keep(node, source)
     return PassResult(module, modified)
 
@@ -33,11 +38,19 @@ def _keep(node: fx.Node, source: fx.Node) -> bool:
         return False
     strides = value.stride()
     order = sorted(range(value.dim()), key=lambda d: -strides[d])
-    graph = node.graph
+    back = [order.index(d) for d in range(len(order))]
+    graph, turned = node.graph, order != sorted(order)
     with graph.inserting_before(node):
-        laid: Any = source if order == sorted(order) else graph.call_method("permute", (source, *order))
+        laid = graph.call_method("permute", (source, *order)) if turned else source
         laid = graph.call_method("contiguous", (laid,))
-        if order != sorted(order):
-            laid = graph.call_method("permute", (laid, *map(order.index, range(len(order)))))
+        # a mask that was drawn in place; the functional operation draws in the axes' order, however its input lies
+        in_axes_order = turned and op_name(node) == "bernoulli"
+        if turned and not in_axes_order:
+            laid = graph.call_method("permute", (laid, *back))
     node.replace_input_with(source, laid)
+    if in_axes_order:
+        with graph.inserting_after(node):
+            drawn = graph.call_method("permute", (node, *back))
+        drawn.meta = dict(node.meta)
+        node.replace_all_uses_with(drawn, delete_user_cb=lambda user: user is not drawn)
     return True

@@ -58,17 +58,21 @@ def _recognise(draw: fx.Node) -> bool:
     mask = None if keep is None else _mask(draw, keep)
     if keep is None or mask is None:
         return False
+    order = _order(draw)
+    if order is not None and any(value_of(product.x).dim() != len(order) for product in mask.products):  # type: ignore[union-attr]
+        return False  # its axes are others in the product
     rate = round(1 - keep, 12)  # 1 - (1 - 0.3) is not 0.3
     if len(mask.products) == 1:
         (product,) = mask.products
         with draw.graph.inserting_before(product.node):
-            site = insert(draw.graph, shared_dropout, (product.x, rate, product.shared, filled), like=product.node)
+            call = product.x, rate, product.shared, filled, order
+            site = insert(draw.graph, shared_dropout, call, like=product.node)
         product.node.replace_all_uses_with(site)
         erased = [*mask.nodes, product.node]
     else:
         shared = _shared_by_all(draw, mask.products)
         with draw.graph.inserting_before(draw):
-            site = insert(draw.graph, shared_dropout, (_ones(draw), rate, shared, filled), like=draw)
+            site = insert(draw.graph, shared_dropout, (_ones(draw), rate, shared, filled, order), like=draw)
         del site.meta["bernoulli"]
         erased = _without_scale(mask.nodes, site)
     site.meta["site"] = {"call": draw.meta.get("bernoulli", Call(site.name)), "rate": rate, "live": None}
@@ -87,6 +91,15 @@ def _probability(draw: fx.Node) -> tuple[float | None, bool]:
         place = 2 if op_name(source) == "new_full" else 1
         keep = argument(source, place, _FILLS[op_name(source)])
     return (keep if isinstance(keep, (int, float)) and 0 < keep <= 1 else None), filled
+
+
+def _order(draw: fx.Node) -> tuple[int, ...] | None:
+    """The axes of a draw as they lie in memory, which is how a mask is filled in place; None where in their order."""
+    value = value_of(draw)
+    if value is None or value.is_contiguous():
+        return None
+    strides = value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda axis: -strides[axis]))
 
 
 def _mask(draw: fx.Node, keep: float) -> _Mask | None:

@@ -29,6 +29,7 @@ from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import graph_break_reasons
 
 from dropfx.frontend.captured_graph import CapturedGraph
+from dropfx.frontend.checkpoints import without_gradients
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.dynamo_graph import results_of
 from dropfx.frontend.packed_sequence import packed_layers, run_packed, takes_packed
@@ -172,6 +173,8 @@ class Capture:
             # PyTorch 2.13 loses a number that the forward changes, where a function mode is active
             self._whole = False
             raise CaptureError("a number among its results is lost")
+        if without_gradients(module):
+            raise CaptureError("a reentrant checkpoint in it is given no value that asks for a gradient")
         made = CapturedGraph(module, example_inputs, self._options, None, self._paths, path)
         if made.failed:
             self.left[path] = made.failed
@@ -221,7 +224,7 @@ class _Frames:
         try:
             made, reasons = self._convert(frame, entry, state)
         except Exception as error:  # one of the model's own is raised again as it runs as written
-            self._fail(capture, frame, one_line(str(error)))
+            self._fail(capture, frame, one_line(str(getattr(error, "inner_exception", error))))
             return as_written
         self._captured[of_one] += made.guarded_code is not None
         for reason in reasons:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from dropfx.graph.nodes import copy_of
@@ -36,6 +37,25 @@ def walk(module: fx.GraphModule) -> Iterator[tuple[fx.Node, dict[fx.Node, Any]]]
                 yield node, operands
 
     return within(module, {})
+
+
+def without_gradients(module: fx.GraphModule) -> bool:
+    """Whether a reentrant checkpoint is given no value that asks for a gradient.
+
+    PyTorch then makes none, not of the parameters that it reads either, which a graph that calls its body would make.
+    """
+    graphs = (part.graph for part in module.modules() if isinstance(part, fx.GraphModule))
+    calls = (node for graph in graphs for node in graph.nodes if node.target is CHECKPOINT)
+    return any(node.kwargs.get("use_reentrant") is True and _asks_by_parameters_alone(node) for node in calls)
+
+
+def _asks_by_parameters_alone(checkpoint: fx.Node) -> bool:
+    results = pytree.tree_leaves(checkpoint.meta.get("example_value"))
+    given = [operand.meta.get("example_value") for operand in checkpoint.all_input_nodes]
+    asks = any(isinstance(value, Tensor) and value.requires_grad for value in results)
+    return asks and not any(
+        isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter) for value in given
+    )
 
 
 def runnable(module: fx.GraphModule) -> fx.GraphModule:

@@ -141,7 +141,9 @@ def masked(model: nn.Module, masks: Masks, decomposed: bool, tiles: bool) -> Ite
         mode.stack.pop()
 
     def uncheckpointed(function: Callable[..., Any], *args: Any, use_reentrant: bool) -> Any:
-        return function(*args)
+        asked = any(isinstance(given, Tensor) and given.requires_grad for given in args)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (asked or not use_reentrant)):
+            return function(*args)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

@@ -214,9 +214,14 @@ def replaced_dropout(
 
 
 def plain_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`torch.utils.checkpoint.checkpoint` without the checkpoint."""
+    """`torch.utils.checkpoint.checkpoint` without the checkpoint.
+
+    The reentrant kind makes no gradients where no argument asks for one, not of the parameters that it reads either.
+    """
     own = {"use_reentrant", "context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
-    return function(*args, **{name: value for name, value in kwargs.items() if name not in own})
+    asked = any(isinstance(given, Tensor) and given.requires_grad for given in args)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (asked or not kwargs.get("use_reentrant"))):
+        return function(*args, **{name: value for name, value in kwargs.items() if name not in own})
 
 
 @dataclasses.dataclass

@@ -53,7 +53,7 @@ def sites(graph: fx.Graph) -> list[fx.Node]:
 def test_fires(name: str, rate: float, shared: tuple[bool, ...]) -> None:
     graph, _ = run(name, *PASSES)
     (site,) = sites(graph)
-    assert site.args[1:] == (rate, shared, "probabilities" in name)
+    assert site.args[1:] == (rate, shared, "probabilities" in name, None)
     assert site.meta["site"] == {"call": Call("drop:bernoulli"), "rate": rate, "live": None}
     assert not any("bernoulli" in str(node.target) for node in graph.nodes)
     assert "size" not in [user.target for user in site.args[0].users]  # nothing of the mask is left

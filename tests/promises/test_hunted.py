@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -244,3 +245,68 @@ def test_an_index_of_a_view_that_was_written_to() -> None:
 
     original, compiled = pair(forward)
     check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)
+
+
+class Layers(nn.Module):
+    """A recurrent layer, whose results go through a forward of choice."""
+
+    def __init__(self, rnn: nn.RNNBase, forward: Any) -> None:
+        super().__init__()
+        self.d, self.rnn, self.body = nn.Dropout(0.5), rnn, forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.rnn(self.d(x))[0])
+
+
+def check_layers(rnn: nn.RNNBase, body: Any) -> None:
+    original = Layers(rnn, body).double()
+    compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0)
+    for seed in range(2):
+        x = torch.randn(8, 6, 32, dtype=torch.float64)
+        masks = check_step(original, compiled, (x,), dtype=torch.float64, seed=seed, left_alone=(":bernoulli_1",))
+        assert "d" in masks
+
+
+def written_view(out: Tensor) -> Tensor:
+    first, second = torch.tensor_split(out, 2, dim=-1)
+    second += first
+    return out * 0.5
+
+
+def test_a_view_of_what_a_recurrent_layer_returns_is_written_to() -> None:
+    """Its backward reads what it returned, not what was made of that (fuzzed: seed 0, index 1029)."""
+    check_layers(nn.RNN(32, 16, batch_first=True), written_view)
+
+
+def test_a_mask_drawn_in_place_is_drawn_in_the_order_of_its_memory() -> None:
+    """Of which a functional bernoulli knows nothing (fuzzed: seed 0, index 1055)."""
+
+    def draws(out: Tensor) -> Tensor:
+        return torch.empty_like(out).bernoulli_(0.5) + out
+
+    def multiplies(out: Tensor) -> Tensor:
+        mask = torch.empty_like(out).bernoulli_(0.5) / 0.5
+        return out[..., :1] * mask + mask * 0.5  # no dropout of units
+
+    def drops(out: Tensor) -> Tensor:
+        mask = torch.empty_like(out).bernoulli_(0.9) / 0.9  # 30 units have no pattern of this rate
+        return out * mask + out * mask
+
+    for body in (draws, multiplies, drops):
+        check_layers(nn.GRU(32, 15, num_layers=2, dropout=0.5, batch_first=True, bidirectional=True), body)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_reentrant_checkpoint_without_a_gradient_makes_none(gradient: bool) -> None:
+    """Not of the parameters that it reads either; the forward runs as written (fuzzed: seed 0, index 1019)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda h: m.b(m.d(F.relu(m.a(h)))), x, use_reentrant=True)
+
+    original, compiled = pair(forward)
+    x = torch.randn(8, 32, dtype=torch.float64)
+    warned = pytest.warns(UserWarning, match="None of the inputs") if not gradient else contextlib.nullcontext()
+    with warned:
+        masks = check_step(original, compiled, (x,), dtype=torch.float64, input_grad=gradient, left_alone=("d",))
+    assert bool(masks) == gradient
+    assert gradient or "reentrant checkpoint" in compiled._dropfx.capture.left[""]
