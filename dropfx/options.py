@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 
 from dropfx.errors import InvalidOption, LoweringUnavailable
-from dropfx.patterns import BY_NAME, Block, Pattern, Tile
+from dropfx.patterns import BY_NAME, Block, Pattern
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make_options(
         raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
     _check_lowering(lowering)
     made = _make_pattern(pattern, block)
-    if groups != 1 and isinstance(made, Tile):
+    if groups != 1 and made.drops_weights:
         raise InvalidOption(f"groups: got {groups!r}, but the tiles of a weight serve the whole batch: accepted is 1")
     return Options(made, lowering, float(min_speedup), cast(Any, groups))
 

@@ -4,6 +4,9 @@ if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
 
 from dropfx.passes.canonicalize import canonicalize
+from dropfx.passes.check_conversions import check_conversions
+from dropfx.passes.check_plan import check_plan
+from dropfx.passes.check_result import check_result
 from dropfx.passes.drop_identities import drop_identities
 from dropfx.passes.expand_cats import expand_cats
 from dropfx.passes.expand_cells import expand_cells
@@ -51,9 +54,11 @@ PIPELINE = (
     plan_regions,
     join_cats,
     plan_tiles,
+    check_plan,
     insert_draws,
     rewrite_tiles,
     rewrite_sites,
+    check_conversions,
     rewrite_views,
     rewrite_linear,
     rewrite_embedding,
@@ -68,4 +73,5 @@ PIPELINE = (
     lower,
     keep_weights,
     fuse_activation,
+    check_result,
 )

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, clean_up, op_name, switched_off, value_of, writes_in_place
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.size_origin import origin
-from dropfx.patterns import Tile
 
 
 def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:
@@ -22,7 +22,7 @@ def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     clean_up(module.graph)  # a part of a split that nobody reads is no reader
     # tiles are dropped in the weights of Linears alone, as `record` hands them out
-    by_units = not isinstance(context.options.pattern, Tile)
+    by_units = not context.options.pattern.drops_weights
     for node in list(module.graph.nodes):
         modified |= _drop_inactive(node) or _name_transpose(node) or _ask_size_at_source(node)
         modified |= by_units and _spell_as_linear(node)
@@ -65,7 +65,7 @@ def _spell_as_linear(node: fx.Node) -> bool:
             return False
         with node.graph.inserting_before(node):
             weight = node.graph.call_method("t", (matrix,))
-        weight.meta["val"] = value.t()
+        notes(weight)["val"] = value.t()
     node.op, node.target, node.args, node.kwargs = "call_function", F.linear, (x, weight, bias), {}
     return True
 

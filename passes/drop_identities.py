@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from dropfx.graph.nodes import argument, op_name, parts_of, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.size_origin import SPLITS, is_fixed, origin
 
@@ -24,12 +25,12 @@ def drop_identities(module: fx.GraphModule, context: Context) -> PassResult:
     """Let readers of an identity read its operand."""
     modified = False
     for node in list(module.graph.nodes):
-        if "pinned" in node.meta or any(user.op == "output" for user in node.users):
+        if "pinned" in notes(node) or any(user.op == "output" for user in node.users):
             continue
         if op_name(node) == "getitem":
             _shorten(node)
         source = _source(node)
-        if source is not None and "pinned" not in source.meta:
+        if source is not None and "pinned" not in notes(source):
             modified |= _drop(node, source)
     return PassResult(module, modified)
 

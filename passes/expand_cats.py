@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from dropfx import ops
 from dropfx.graph.emit import Emitter
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.size_origin import is_fixed
-from dropfx.patterns import Tile
 from dropfx.planning.regions import is_dropped
 
 CATS = ("cat", "concat", "concatenate")
@@ -39,7 +39,7 @@ def expand_cats(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     split: dict[Any, list[fx.Node]] = {}
     # tiles are dropped in the weights of Linears alone, as `record` hands them out
-    for node in [] if isinstance(context.options.pattern, Tile) else list(module.graph.nodes):
+    for node in [] if context.options.pattern.drops_weights else list(module.graph.nodes):
         parts = _parts(node)
         if parts is not None:
             _expand(node, parts, split)
@@ -49,7 +49,7 @@ def expand_cats(module: fx.GraphModule, context: Context) -> PassResult:
 
 def _parts(node: fx.Node) -> list[list[fx.Node]] | None:
     """The parts that a Linear reads side by side: a dropped one alone, those between them together."""
-    if op_name(node) != "linear" or "pinned" in node.meta or any(u.target is ops.recurrence_op for u in node.users):
+    if op_name(node) != "linear" or "pinned" in notes(node) or any(u.target is ops.recurrence_op for u in node.users):
         return None
     joined, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     value, matrix = value_of(joined), value_of(weight)
@@ -61,7 +61,7 @@ def _parts(node: fx.Node) -> list[list[fx.Node]] | None:
     values = [value_of(part) for part in parts]
     if any(v is None or v.dim() != value.dim() or v.dtype != value.dtype for v in values):
         return None
-    if "pinned" in weight.meta or "pinned" in joined.meta or any("pinned" in part.meta for part in parts):
+    if "pinned" in notes(weight) or "pinned" in notes(joined) or any("pinned" in notes(part) for part in parts):
         return None
     if sum(not is_fixed(part, value.dim() - 1) for part in parts) > 1:  # the weight tells the width of one
         return None
@@ -85,7 +85,7 @@ def _expand(node: fx.Node, groups: list[list[fx.Node]], split: dict[Any, list[fx
     emit = Emitter(node)
     joined, weight, bias = (argument(node, place, name) for place, name in enumerate(("input", "weight", "bias")))
     widths = [sum(cast(torch.Tensor, value_of(part)).size(-1) for part in group) for group in groups]
-    key = weight, tuple(widths), node.meta.get("after_effects")
+    key = weight, tuple(widths), notes(node).get("after_effects")
     if key not in split:
         several = emit("split_with_sizes", weight, widths, 1)
         split[key] = [emit(operator.getitem, several, number) for number in range(len(groups))]
@@ -98,7 +98,7 @@ def _expand(node: fx.Node, groups: list[list[fx.Node]], split: dict[Any, list[fx
         total = emit(torch.add, total, product)
         sums.append(total)
     for made in (*products, *sums):
-        made.meta["val"] = node.meta["val"]  # under autocast of another type than what was emitted
-    total.meta["whole"] = Whole(joined, [part for group in groups for part in group], weight, bias), products, sums
+        notes(made)["val"] = notes(node)["val"]  # under autocast of another type than what was emitted
+    notes(total)["whole"] = Whole(joined, [part for group in groups for part in group], weight, bias), products, sums
     node.replace_all_uses_with(total)
     node.graph.erase_node(node)

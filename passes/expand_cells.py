@@ -13,7 +13,6 @@ from dropfx.graph.emit import Emitter
 from dropfx.graph.nodes import argument, value_of
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.recurrent.one_step import CELL_FUNCTIONS, cell_of_gates
-from dropfx.patterns import Tile
 from dropfx.planning.regions import is_dropped
 
 
@@ -21,7 +20,7 @@ def expand_cells(module: fx.GraphModule, context: Context) -> PassResult:
     """Take apart the steps that read dropped values."""
     modified = False
     # tiles are dropped in the weights of Linears alone, as `record` hands them out
-    for node in [] if isinstance(context.options.pattern, Tile) else list(module.graph.nodes):
+    for node in [] if context.options.pattern.drops_weights else list(module.graph.nodes):
         if node.op == "call_function" and node.target in CELL_FUNCTIONS:
             modified |= _expand(node)
     return PassResult(module, modified)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import fx
@@ -20,6 +20,7 @@ from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
 from dropfx.graph.dropout_ops import Call as SiteCall
 from dropfx.graph.emit import Emitter
 from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 
@@ -110,7 +111,7 @@ def _expand(node: fx.Node, call: Call, context: Context) -> list[fx.Node]:
     for layer in range(call.layers):
         if layer and call.dropout:
             value = emit(F.dropout, value, call.dropout, True)
-            value.meta["site"] = _site(node, call, layer - 1)
+            notes(value)["site"] = _site(node, call, layer - 1)
         outs = []
         for direction in range(call.directions):
             place = layer * call.directions + direction
@@ -120,7 +121,7 @@ def _expand(node: fx.Node, call: Call, context: Context) -> list[fx.Node]:
             last.append(state)
         value = outs[0] if len(outs) == 1 else emit(torch.cat, outs, -1)
         value = emit("transpose", value, 0, 1) if call.batch_first else value
-    if "pinned" in node.meta:  # the op keeps an output for backward, which a write into the result must not reach
+    if "pinned" in notes(node):  # the op keeps an output for backward, which a write into the result must not reach
         value = emit("clone", value)
     return [value, *(emit(torch.stack, list(states)) for states in zip(*last, strict=True))]
 
@@ -147,7 +148,7 @@ def _layer(
     return [emit(operator.getitem, made, number) for number in range(1 + len(call.states))]
 
 
-def _site(node: fx.Node, call: Call, gap: int) -> dict[str, Any]:
+def _site(node: fx.Node, call: Call, gap: int) -> Dropping:
     """Name and live rate of the dropout behind a layer."""
-    known = node.meta.get("recurrent", {"call": SiteCall(node.name), "rate": call.dropout, "live": None})
-    return {**known, "call": known["call"]._replace(part=f"dropout[{gap}]")}
+    known = notes(node).get("recurrent", Dropping(SiteCall(node.name), call.dropout))
+    return known._replace(call=known.call._replace(part=f"dropout[{gap}]"))

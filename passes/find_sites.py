@@ -6,9 +6,10 @@ from torch import fx
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
 from dropfx.graph.nodes import argument, is_parameter, mark_gradients, op_name, value_of
+from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.ops.shared_dropout import shared_dropout
-from dropfx.patterns import PatternRefused, Tile
+from dropfx.patterns import PatternRefused
 from dropfx.planning.regions import recurrent_weight
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
@@ -24,24 +25,26 @@ def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
         elif node.op == "call_function" and node.target in OTHER_DROPOUTS:
             other = OTHER_DROPOUTS[node.target]
             if rate := _rate_of_other(node, other):
-                call = node.meta.get("other", Call(f":{op_name(node)}"))
+                call = notes(node).get("other", Call(f":{op_name(node)}"))
                 context.sites.append(Site(call, rate, reason=other.reason))
     return PassResult(module, False)
 
 
 def _site(node: fx.Node, context: Context) -> Site:
-    known = node.meta.get("site", {"call": Call(node.name), "rate": argument(node, 1, "p", 0.5), "live": None})
-    rate = known["rate"]
+    known = notes(node).get("site", Dropping(Call(node.name), argument(node, 1, "p", 0.5)))
+    rate = known.rate
     numeric = isinstance(rate, (int, float))
-    site = Site(known["call"], float(rate) if numeric else 0.0, known["live"], node, DROPOUT_FUNCTIONS[node.target])
+    site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, DROPOUT_FUNCTIONS[node.target])
     site.reason = _refusal(node, site, context) if numeric else "its rate is computed in the forward"
     # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
-    node.meta["identity"] = rate == 0 and numeric and node.target is not shared_dropout and "pinned" not in node.meta
+    notes(node)["identity"] = (
+        rate == 0 and numeric and node.target is not shared_dropout and "pinned" not in notes(node)
+    )
     value = value_of(node)
     if not site.reason and value is not None:
         site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()
-        site.leading, site.steps_second = value.size(0), node.meta.get("steps_second", False)
-        if isinstance(context.options.pattern, Tile):  # fitted to the weights behind it
+        site.leading, site.steps_second = value.size(0), notes(node).get("steps_second", False)
+        if context.options.pattern.drops_weights:  # fitted to the weights behind it
             return site
         site.groups = _groups(site, context)
         try:
@@ -56,13 +59,13 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
     value = value_of(node)
     if not 0 < site.rate < 1:
         return f"its rate is {site.rate:g}"
-    if "pinned" in node.meta:
+    if "pinned" in notes(node):
         return "it writes into memory that is read elsewhere"
     if value is None or value_of(source) is None:
         return "its input's shape is known only when it runs"
     if node.target is shared_dropout and (reason := _one_mask(node, context)):
         return reason
-    if isinstance(context.options.pattern, Tile):
+    if context.options.pattern.drops_weights:
         if drops_recurrent_weight(node):
             return "it drops the weight of a recurrence, of which patterns of units skip columns, and tiles nothing"
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
@@ -100,7 +103,7 @@ def _lasts(site: Site, context: Context) -> bool:
 
 def _one_mask(node: fx.Node, context: Context) -> str:
     """Why a mask that positions share cannot be drawn otherwise."""
-    if isinstance(context.options.pattern, Tile):
+    if context.options.pattern.drops_weights:
         return "its mask is made by hand, of units: pattern='tile' serves calls of dropout"
     shared = argument(node, 2, "shared")
     if context.options.along_rows and shared[0]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import insert, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 _PRODUCTS = ("mul", "multiply")
@@ -30,7 +31,7 @@ def _kept_ones(node: object) -> bool:
     if not isinstance(node, fx.Node) or node.target is not ops.gather_op:
         return False
     ones = node.args[0]
-    if not isinstance(ones, fx.Node) or "pinned" in ones.meta or ones.meta.get("asks_gradient"):
+    if not isinstance(ones, fx.Node) or "pinned" in notes(ones) or notes(ones).get("asks_gradient"):
         return False
     return op_name(ones) in ("ones", "ones_like", "new_ones")
 
@@ -39,9 +40,9 @@ def _fold(product: fx.Node, mask: fx.Node) -> bool:
     if op_name(product) not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
         return False
     x = product.args[1] if product.args[0] is mask else product.args[0]
-    value, made, form = value_of(x), value_of(product), mask.meta.get("form")
+    value, made, form = value_of(x), value_of(product), notes(mask).get("form")
     # compact alike, and neither broadcast nor promoted by the mask
-    if not isinstance(x, fx.Node) or x is mask or value is None or made is None or x.meta.get("form") != form:
+    if not isinstance(x, fx.Node) or x is mask or value is None or made is None or notes(x).get("form") != form:
         return False
     if value.shape != made.shape or value.dtype != made.dtype:
         return False

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, value_of, writes_in_place
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 _NO_FUNCTIONAL_FORM = frozenset(
@@ -79,7 +80,7 @@ def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
         elif users:
             _pin(graph, node)
             return False
-    storage = _storage(target.meta["val"])
+    storage = _storage(notes(target)["val"])
     _replace(graph, node, target, form, rereads, later)
     _revalue(graph, storage)
     return True
@@ -92,18 +93,18 @@ def _revalue(graph: fx.Graph, storage: int) -> None:
         if node.op not in ("call_function", "call_method") or storage not in _storages(node):
             continue
         value = value_of(node)
-        if "functional" in node.meta and value is not None:
-            node.meta["val"] = value.detach().requires_grad_(value.requires_grad).clone()
-            del node.meta["functional"]
+        if "functional" in notes(node) and value is not None:
+            notes(node)["val"] = value.detach().requires_grad_(value.requires_grad).clone()
+            del notes(node)["functional"]
         elif any(operand in changed for operand in node.all_input_nodes):
-            node.meta["val"] = _evaluate(node)
+            notes(node)["val"] = _evaluate(node)
         else:
             continue
         changed.add(node)
 
 
 def _evaluate(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: notes(n)["val"])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -198,7 +199,7 @@ def _storage(value: Tensor) -> int:
 
 def _storages(node: object) -> set[int]:
     """The memory of a node's value, be it one tensor or several."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = notes(node).get("val") if isinstance(node, fx.Node) else None
     leaves = [value] if value is None or isinstance(value, Tensor) else pytree.tree_leaves(value)
     return {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided}
 
@@ -221,12 +222,12 @@ def _reads_another(node: fx.Node, aliases: set[fx.Node]) -> bool:
 
 def _pin(graph: fx.Graph, node: fx.Node) -> None:
     """A write that stays: all that shares memory with what it writes stays dense."""
-    node.meta["pinned"] = True
+    notes(node)["pinned"] = True
     written = pytree.tree_leaves((argument(node, 0, "input"), node.kwargs.get("out")))
     storages = set[int]().union(*map(_storages, written))
     for other in graph.nodes:
         if not storages.isdisjoint(_storages(other)):
-            other.meta["pinned"] = True
+            notes(other)["pinned"] = True
 
 
 def _later(node: fx.Node) -> set[fx.Node]:

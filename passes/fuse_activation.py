@@ -10,12 +10,13 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import insert, op_name
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 
 def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
     """Fuse the activations behind products that `lower` gave to Triton."""
-    lowered = [node for node in module.graph.nodes if node.meta.get("lowering") == "triton"]
+    lowered = [node for node in module.graph.nodes if notes(node).get("lowering") == "triton"]
     if not lowered:
         return PassResult(module, False)
     from dropfx.ops.triton_ops import FROM_OUTPUT, KERNELS, activated_linear_op  # imports Triton
@@ -41,5 +42,5 @@ def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
 def _fits(node: fx.Node, reader: fx.Node) -> bool:
     """One reader, of one operand, that runs under the same grad mode and autocast; values written in place stay."""
     alone = len(node.users) == 1 and reader.args == (node,) and not any(reader.kwargs.values())
-    same = node.meta.get("after_effects") == reader.meta.get("after_effects")
-    return alone and same and "pinned" not in node.meta and "pinned" not in reader.meta
+    same = notes(node).get("after_effects") == notes(reader).get("after_effects")
+    return alone and same and "pinned" not in notes(node) and "pinned" not in notes(reader)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dropfx import ops
 from dropfx.graph.nodes import insert, matrix_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.planning.lowering import forms_of
 
@@ -35,10 +36,10 @@ def _key(node: fx.Node, context: Context) -> Any:
     assert isinstance(weight, fx.Node)
     if any(form is not None and context.sites[form.site].groups > 1 for form in forms):
         return None
-    if any(isinstance(given, fx.Node) and "pinned" in given.meta for given in (weight, bias)):
+    if any(isinstance(given, fx.Node) and "pinned" in notes(given) for given in (weight, bias)):
         return None  # it may be written between the products
     # under another grad mode or autocast it would be another value
-    return matrix_of(weight), forms, node.args[7], node.meta.get("after_effects")
+    return matrix_of(weight), forms, node.args[7], notes(node).get("after_effects")
 
 
 def _share(nodes: list[fx.Node]) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from dropfx.graph.notes import notes, sites_of
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.passes.plan_regions import sites_of
 from dropfx.planning.regions import rows_source
 
 
@@ -40,6 +40,6 @@ def _insert_rows(graph: fx.Graph, context: Context) -> None:
         source = rows_source(first)
         with graph.inserting_before(first):
             draw["leading"] = graph.call_method("size", (source, 0))
-        if "form" in source.meta:  # its length does not depend on its form
-            draw["leading"].meta["reads"] = {source: source.meta["form"]}
+        if "form" in notes(source):  # its length does not depend on its form
+            notes(draw["leading"])["reads"] = {source: notes(source)["form"]}
         output.args = ((*output.args[0], draw["leading"]),)  # type: ignore[misc]

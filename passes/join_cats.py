@@ -10,6 +10,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx.graph.nodes import insert
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.expand_cats import Whole
 
@@ -18,14 +19,14 @@ def join_cats(module: fx.GraphModule, context: Context) -> PassResult:
     """Make whole the products of which no part is gathered by its columns."""
     modified = False
     for node in list(module.graph.nodes):
-        if "whole" in node.meta:
-            modified |= _join(node, *node.meta["whole"])
+        if "whole" in notes(node):
+            modified |= _join(node, *notes(node)["whole"])
     return PassResult(module, modified)
 
 
 def _join(total: fx.Node, whole: Whole, products: list[fx.Node], sums: list[fx.Node]) -> bool:
-    forms = {node.meta.get("form") for node in (*products, *sums)}
-    if len(forms) > 1 or any("reads" in product.meta for product in products):
+    forms = {notes(node).get("form") for node in (*products, *sums)}
+    if len(forms) > 1 or any("reads" in notes(product) for product in products):
         return False
     if any(len(node.users) > 1 for node in (*sums[:-1], *products)):
         return False
@@ -39,8 +40,8 @@ def _join(total: fx.Node, whole: Whole, products: list[fx.Node], sums: list[fx.N
         made.meta.pop(key, None)
     total.replace_all_uses_with(made)
     for reader in made.users:
-        if total in reader.meta.get("reads", {}):
-            reader.meta["reads"][made] = reader.meta["reads"].pop(total)
+        if total in notes(reader).get("reads", {}):
+            notes(reader)["reads"][made] = notes(reader)["reads"].pop(total)
     for node in (*sums[::-1], *products):
         graph.erase_node(node)
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 _DRAWING = ("dropout", "alpha_dropout", "rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "rrelu")
@@ -26,7 +27,7 @@ def keep_layouts(module: fx.GraphModule, context: Context) -> PassResult:
         if (
             op_name(node) in (*_DRAWING, *_LIKE)
             and isinstance(source, fx.Node)
-            and (op_name(node) in _LIKE or "pinned" not in node.meta)
+            and (op_name(node) in _LIKE or "pinned" not in notes(node))
         ):
             modified |= _keep(node, source)
     return PassResult(module, modified)

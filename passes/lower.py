@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx
 
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops import EAGER
 from dropfx.ops.triton_available import why_no_kernels
@@ -29,7 +30,7 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         if choice.reason:
             context.lowerings[_label(node, context)] = f"{choice.lowering}, {choice.reason}"
         if choice.lowering == "triton":
-            target, node.meta["lowering"] = contenders["triton"], "triton"
+            target, notes(node)["lowering"] = contenders["triton"], "triton"
         if target is not node.target:
             node.target = target
             modified = True
@@ -49,7 +50,7 @@ def _kernels(context: Context) -> dict[Any, Any]:
 
 def _label(node: fx.Node, context: Context) -> str:
     """The op and the sites by whose draws it is gathered, for `explain`."""
-    forms = [*node.meta.get("reads", {}).values(), node.meta.get("form")]
+    forms = [*notes(node).get("reads", {}).values(), notes(node).get("form")]
     numbers = [form.site for form in forms if form is not None]
     numbers += [index for index, draw in context.draws.items() if {*draw.values()} & {*node.all_input_nodes}]
     names = dict.fromkeys(context.sites[number].name for number in numbers)

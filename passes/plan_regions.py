@@ -1,7 +1,7 @@
 """Decide for each site what is computed compact, and write it on the nodes.
 
-After this pass `node.meta["form"]` says that a node emits compact values, `node.meta["reads"]` in which form it reads
-its operands; both name the site and the axis. A Linear between two sites couples them and is not submodular, so one
+After this pass the note "form" says that a node emits compact values, "reads" in which form it reads its operands; both
+name the site and the axis. A Linear between two sites couples them and is not submodular, so one
 site is cut at a time with the others fixed, in sweeps until nothing changes.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from dropfx import ops
-from dropfx.graph.axis_rules import Axis
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.planning.cost_model import everything_prices, linear_products, recurrent_flops, region_prices
 from dropfx.planning.fused_rnn import in_one_piece
@@ -21,14 +21,6 @@ from dropfx.planning.min_cut import cut, price
 from dropfx.planning.regions import Region, RegionRefused, ends, grow, is_product
 
 _SWEEPS = 5
-
-
-@dataclass(frozen=True)
-class Form:
-    """Compact on axis `axis`, by the draw of site number `site`."""
-
-    site: int
-    axis: Axis
 
 
 @dataclass
@@ -41,7 +33,7 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     """Choose the compact nodes of every site; sites without gain get their reason."""
     chosen: dict[int, _Choice] = {}
     for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
-        node.meta["one_piece"] = in_one_piece(node, context)
+        notes(node)["one_piece"] = in_one_piece(node, context)
     _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
     candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None]
@@ -115,16 +107,10 @@ def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple
 def _annotate(index: int, choice: _Choice) -> None:
     for node in choice.compact:
         if node in choice.region.forms:
-            node.meta["form"] = Form(index, choice.region.forms[node])
+            notes(node)["form"] = Form(index, choice.region.forms[node])
         wants = choice.region.wants.get(node, {})
         if wants:
-            node.meta["reads"] = {operand: Form(index, axis) for operand, axis in wants.items()}
-
-
-def sites_of(node: fx.Node) -> set[int]:
-    """Numbers of the sites by whose draws the plan made a node compact, or made it read compact."""
-    forms = [node.meta.get("form"), *node.meta.get("reads", {}).values()]
-    return {form.site for form in forms if form is not None}
+            notes(node)["reads"] = {operand: Form(index, axis) for operand, axis in wants.items()}
 
 
 def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:

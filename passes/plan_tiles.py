@@ -1,7 +1,7 @@
 """Decide which sites drop tiles of a weight, where the pattern does that.
 
 A site on the input of Linears gives its dropout to their weights (structured DropConnect in place of neuron dropout);
-a site on a weight keeps its place. After this pass `node.meta["tiles"]` of a Linear names its site.
+a site on a weight keeps its place. After this pass `notes(node)["tiles"]` of a Linear names its site.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx.graph.nodes import argument, clean_up, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
 from dropfx.planning.cost_model import linear_products, tiled_times
@@ -16,11 +17,12 @@ from dropfx.planning.cost_model import linear_products, tiled_times
 
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
     """Fit the pattern to the weights behind each site; sites without gain get their reason."""
-    if isinstance(context.options.pattern, Tile):
+    pattern = context.options.pattern
+    if isinstance(pattern, Tile):
         clean_up(module.graph)  # a Linear that nobody reads is no reader
         for index, site in enumerate(context.sites):
             if site.rewritten:
-                site.reason = _plan(index, site, context, context.options.pattern)
+                site.reason = _plan(index, site, context, pattern)
     return PassResult(module, False)
 
 
@@ -35,7 +37,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
     linears = list(site.node.users)
     if not linears or not all(_is_plain_linear(user, site.node) for user in linears):
         return "a reader of it is not a Linear, whose weight could drop tiles instead"
-    if any("tiles" in user.meta for user in linears):
+    if any("tiles" in notes(user) for user in linears):
         return "the weight of a Linear that reads it drops tiles for another site"
     shapes = [linear_products(user)[1:3] for user in linears]
     try:
@@ -48,7 +50,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         return f"predicted speed-up {site.predicted_speedup:.2f} is below min_speedup={context.options.min_speedup:g}"
     site.weights = shapes
     for user in linears:
-        user.meta["tiles"] = index
+        notes(user)["tiles"] = index
         m, n, k, products = linear_products(user)
         flops = 2 * m * n * k * products
         site.flops_dense += flops

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.emit import Emitter, fake_value
 from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
 
@@ -73,9 +74,9 @@ def _recognise(draw: fx.Node) -> bool:
         shared = _shared_by_all(draw, mask.products)
         with draw.graph.inserting_before(draw):
             site = insert(draw.graph, shared_dropout, (_ones(draw), rate, shared, filled, order), like=draw)
-        del site.meta["bernoulli"]
+        del notes(site)["bernoulli"]
         erased = _without_scale(mask.nodes, site)
-    site.meta["site"] = {"call": draw.meta.get("bernoulli", Call(site.name)), "rate": rate, "live": None}
+    notes(site)["site"] = Dropping(notes(draw).get("bernoulli", Call(site.name)), rate)
     for node in reversed(erased):  # a draw would stay though nobody reads it
         draw.graph.erase_node(node)
     return True
@@ -87,7 +88,7 @@ def _probability(draw: fx.Node) -> tuple[float | None, bool]:
     if draw.kwargs.keys() - {"p"}:  # a generator of its own
         return None, False
     filled = keep is None
-    if filled and isinstance(source, fx.Node) and op_name(source) in _FILLS and "pinned" not in source.meta:
+    if filled and isinstance(source, fx.Node) and op_name(source) in _FILLS and "pinned" not in notes(source):
         place = 2 if op_name(source) == "new_full" else 1
         keep = argument(source, place, _FILLS[op_name(source)])
     return (keep if isinstance(keep, (int, float)) and 0 < keep <= 1 else None), filled
@@ -109,7 +110,7 @@ def _mask(draw: fx.Node, keep: float) -> _Mask | None:
     while pending:
         node, scale, expanded = pending.pop()
         nodes.add(node)
-        if "pinned" in node.meta:
+        if "pinned" in notes(node):
             return None
         for user in node.users:
             factor = _factor(user, node)
@@ -169,7 +170,7 @@ def _shared(x: Tensor | None, mask: Tensor | None, product: Tensor | None) -> tu
 
 def _shared_by_all(draw: fx.Node, products: list[_Product]) -> tuple[bool, ...]:
     """Of each axis of a draw, whether it has one position for several of a product."""
-    sizes, lone = draw.meta["val"].shape, all(value_of(p.node).size(0) == 1 for p in products)  # type: ignore[union-attr]
+    sizes, lone = notes(draw)["val"].shape, all(value_of(p.node).size(0) == 1 for p in products)  # type: ignore[union-attr]
     return tuple(size == 1 and not (axis == 0 and lone) for axis, size in enumerate(sizes))
 
 
@@ -192,7 +193,7 @@ def _without_scale(nodes: list[fx.Node], site: fx.Node) -> list[fx.Node]:
     erased: list[fx.Node] = []
     for node in nodes:
         if op_name(node) == "unsqueeze":
-            node.meta["val"] = fake_value("unsqueeze", node.args[0].meta["val"], *node.args[1:])  # type: ignore[union-attr]
+            notes(node)["val"] = fake_value("unsqueeze", notes(node.args[0])["val"], *node.args[1:])
             continue
         node.replace_all_uses_with(node.all_input_nodes[0] if erased else site)
         erased.append(node)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
 from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 
@@ -33,8 +34,8 @@ def _recognise(product: fx.Node, weight: Any, mask: Any) -> bool:
     with product.graph.inserting_before(product):
         # which takes [N, K] for one sample of N channels
         site = insert(product.graph, F.dropout1d, (weight, argument(drop, 1, "p", 0.5), True), like=product)
-    if "site" in drop.meta:
-        site.meta["site"] = drop.meta["site"]
+    if "site" in notes(drop):
+        notes(site)["site"] = notes(drop)["site"]
     product.replace_all_uses_with(site)
     for node in (product, *chain):  # a dropout would stay though nobody reads it
         product.graph.erase_node(node)
@@ -52,7 +53,7 @@ def _chain(mask: Any) -> list[fx.Node] | None:
     ones = argument(drop, 0, "input")
     if op_name(ones) not in ("ones", "new_ones"):
         return None
-    alone = all(len(node.users) == 1 and "pinned" not in node.meta for node in (*nodes, ones))
+    alone = all(len(node.users) == 1 and "pinned" not in notes(node) for node in (*nodes, ones))
     return nodes if alone else None
 
 

@@ -6,6 +6,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
 
@@ -14,7 +15,7 @@ def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the Embeddings that the plan made producers."""
     modified = False
     for node in list(module.graph.nodes):
-        if op_name(node) != "embedding" or "form" not in node.meta:
+        if op_name(node) != "embedding" or "form" not in notes(node):
             continue
         graph = node.graph
         weight, padding = argument(node, 1, "weight"), argument(node, 2, "padding_idx")
@@ -22,7 +23,7 @@ def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
         assert value is not None
         padding_idx = -1 if padding is None else padding % value.size(0)
         with graph.inserting_before(node):
-            starts, run, leading = kept_of(graph, node.meta["form"], context)
+            starts, run, leading = kept_of(graph, notes(node)["form"], context)
             args = (argument(node, 0, "input"), weight, starts, run, padding_idx, leading)
             new = insert(graph, ops.embedding_op, args, like=node)
         node.replace_all_uses_with(new)

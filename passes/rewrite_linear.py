@@ -8,6 +8,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, op_name
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import DENSE, KeptNodes, kept_of
 
@@ -16,13 +17,13 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the Linears that the plan made producers, consumers or both."""
     modified = False
     for node in list(module.graph.nodes):
-        if op_name(node) != "linear" or not ("form" in node.meta or "reads" in node.meta):
+        if op_name(node) != "linear" or not ("form" in notes(node) or "reads" in notes(node)):
             continue
         graph = node.graph
         with graph.inserting_before(node):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-            rows = _kept(graph, node.meta.get("form"), context)
-            cols = _kept(graph, next(iter(node.meta.get("reads", {}).values()), None), context)
+            rows = _kept(graph, notes(node).get("form"), context)
+            cols = _kept(graph, next(iter(notes(node).get("reads", {}).values()), None), context)
             runs = rows.starts, rows.run, cols.starts, cols.run
             args = (x, weight, argument(node, 2, "bias"), *runs, 1.0, rows.leading, cols.leading)
             new = insert(graph, ops.linear_op, args, like=node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import DENSE, kept_of
 
@@ -13,7 +14,7 @@ def rewrite_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
     """Tell the recurrences of dropped weights what these keep."""
     modified = False
     for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
-        forms = list(node.meta.get("reads", {}).values())
+        forms = list(notes(node).get("reads", {}).values())
         if not forms or len(node.args) > 9:
             continue
         (form,) = forms

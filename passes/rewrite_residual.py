@@ -8,6 +8,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import insert, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
 
@@ -16,7 +17,7 @@ def rewrite_residual(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the sums that the plan made consumers (they read compact and emit dense)."""
     modified = False
     for node in list(module.graph.nodes):
-        if op_name(node) not in ("add", "sub", "subtract") or "reads" not in node.meta or "form" in node.meta:
+        if op_name(node) not in ("add", "sub", "subtract") or "reads" not in notes(node) or "form" in notes(node):
             continue
         _rewrite(node, context)
         modified = True
@@ -25,10 +26,10 @@ def rewrite_residual(module: fx.GraphModule, context: Context) -> PassResult:
 
 def _rewrite(node: fx.Node, context: Context) -> None:
     graph = node.graph
-    (form,) = node.meta["reads"].values()
+    (form,) = notes(node)["reads"].values()
     alpha = node.kwargs.get("alpha", 1)
     first, second = node.args
-    compact_first = isinstance(first, fx.Node) and first.meta.get("form") == form
+    compact_first = isinstance(first, fx.Node) and notes(first).get("form") == form
     value = value_of(node)
     assert value is not None
     assert isinstance(alpha, (int, float))

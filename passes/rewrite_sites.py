@@ -13,9 +13,8 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, value_of
+from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.passes.plan_regions import Form
-from dropfx.patterns import Tile
 from dropfx.planning.regions import same_rows
 
 
@@ -24,9 +23,9 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
     graph = module.graph
     converted: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        reads = node.meta.get("reads", {})
+        reads = notes(node).get("reads", {})
         for operand in node.all_input_nodes:
-            have, want = operand.meta.get("form"), reads.get(operand)
+            have, want = notes(operand).get("form"), reads.get(operand)
             if have == want:
                 continue
             with graph.inserting_after(operand):
@@ -37,7 +36,7 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
             node.replace_input_with(operand, source)
     for index, draw in context.draws.items():
         site = context.sites[index]
-        if site.node is not None and not isinstance(context.options.pattern, Tile):
+        if site.node is not None and not context.options.pattern.drops_weights:
             _scale(site.node, draw["scale"], site.axis)
     return PassResult(module, bool(context.draws))
 
@@ -76,12 +75,12 @@ def _gather(
         like = next(o for o in reader.all_input_nodes if same_rows(o, reader, form.axis))
         source = graph.call_function(ops.spread_rows, (source, like, form.axis.dim))
     # under another grad mode or autocast it would be another value
-    key = (source, form, reader.meta.get("after_effects"))
-    if key not in done or "pinned" in dense.meta:  # a write between two readers changes what they take
+    key = (source, form, notes(reader).get("after_effects"))
+    if key not in done or "pinned" in notes(dense):  # a write between two readers changes what they take
         starts, run, leading = kept_of(graph, form, context)
         done[key] = insert(graph, ops.gather_op, (source, starts, run, form.axis.dim, leading), like=dense)
-        done[key].meta.pop("reads", None)
-        done[key].meta["form"] = form
+        notes(done[key]).pop("reads", None)
+        notes(done[key])["form"] = form
     return done[key]
 
 

@@ -6,6 +6,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.patterns import Tile
 
@@ -18,16 +19,16 @@ def rewrite_tiles(module: fx.GraphModule, context: Context) -> PassResult:
     graph = module.graph
     replaced: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if "tiles" not in node.meta:
+        if "tiles" not in notes(node):
             continue
-        site, draw = context.sites[node.meta["tiles"]].node, context.draws[node.meta["tiles"]]
+        site, draw = context.sites[notes(node)["tiles"]].node, context.draws[notes(node)["tiles"]]
         assert site is not None
         undropped = argument(site, 0, "input")
         x, weight = (undropped if v is site else v for v in (argument(node, 0, "input"), argument(node, 1, "weight")))
         with graph.inserting_before(node):
             args = (x, weight, argument(node, 2, "bias"), *pattern.shape, draw["lattice"], draw["scale"])
             new = insert(graph, ops.tiled_linear_op, args, like=node)
-            del new.meta["tiles"]
+            del notes(new)["tiles"]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         replaced.add(site)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from dropfx.graph.nodes import op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 
 _SIZES_AFTER = {"view": 1, "reshape": 1, "unflatten": 2}
@@ -18,9 +19,9 @@ def rewrite_views(module: fx.GraphModule, context: Context) -> PassResult:
     """Rewrite the sizes of the views that the plan made compact."""
     modified = False
     for node in list(module.graph.nodes):
-        if "form" in node.meta and op_name(node) == "view_as":
+        if "form" in notes(node) and op_name(node) == "view_as":
             modified |= _sizes_of_model(node)
-        if "form" in node.meta and op_name(node) in _SIZES_AFTER:
+        if "form" in notes(node) and op_name(node) in _SIZES_AFTER:
             modified |= _rename(node, context)
     return PassResult(module, modified)
 
@@ -36,7 +37,7 @@ def _sizes_of_model(node: fx.Node) -> bool:
 
 
 def _rename(node: fx.Node, context: Context) -> bool:
-    value, form = value_of(node), node.meta["form"]
+    value, form = value_of(node), notes(node)["form"]
     assert value is not None
     first = _SIZES_AFTER[op_name(node)]
     sizes: list[Any] = list(node.args[first:])

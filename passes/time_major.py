@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.emit import Emitter, fake_value
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
 
@@ -27,7 +28,7 @@ def time_major(module: fx.GraphModule, context: Context) -> PassResult:
         value = value_of(node)
         # a mask made by hand names the axes along which it is one
         last = DROPOUT_FUNCTIONS.get(node.target) == -1 and node.target is not shared_dropout
-        if last and "pinned" not in node.meta and value is not None and value.dim() == 3:
+        if last and "pinned" not in notes(node) and value is not None and value.dim() == 3:
             _turn(node)
             modified = True
     return PassResult(module, modified)
@@ -38,15 +39,15 @@ def _turn(site: fx.Node) -> None:
     source: Any = argument(site, 0, "input")
     users = list(site.users)
     site.replace_input_with(source, _turned(emit, source))
-    site.meta["val"] = fake_value("transpose", site.meta["val"], 0, 1)
-    site.meta["steps_second"] = True
+    notes(site)["val"] = fake_value("transpose", notes(site)["val"], 0, 1)
+    notes(site)["steps_second"] = True
     behind = Emitter(site.next)
     back = None
     for user in users:
         if _turns(user):
             user.replace_all_uses_with(site)
         elif user.target is F.linear and user.args[0] is site:
-            user.meta["val"] = fake_value("transpose", user.meta["val"], 0, 1)
+            notes(user)["val"] = fake_value("transpose", notes(user)["val"], 0, 1)
             readers = list(user.users)
             turned = Emitter(user.next)("transpose", user, 0, 1)
             for reader in readers:
@@ -65,7 +66,7 @@ def _turned(emit: Emitter, source: fx.Node) -> fx.Node:
     if op_name(source) == "embedding" and len(source.users) == 1 and isinstance(source.args[0], fx.Node):
         turned = Emitter(source)("transpose", source.args[0], 0, 1)
         source.replace_input_with(source.args[0], turned)
-        source.meta["val"] = fake_value("transpose", source.meta["val"], 0, 1)
+        notes(source)["val"] = fake_value("transpose", notes(source)["val"], 0, 1)
         return source
     return emit("transpose", source, 0, 1)
 

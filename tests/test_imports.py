@@ -27,7 +27,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "passes": ("patterns", "graph", "planning", "ops"),
     "frontend": (*BASE, "graph", "passes", "draws"),
     "explain": ("errors", "options", "graph", "draws", "frontend"),
-    "testing": ("errors", "patterns", "graph", "draws", "ops", "frontend", "explain"),
+    "testing": ("errors", "graph", "draws", "ops", "frontend", "explain"),
     "pattern_statistics": ("errors", "patterns", "draws"),
     "pickles": (),
     "bench": ("errors", "patterns", "planning", "frontend", "dropfx"),

@@ -111,9 +111,9 @@ class CapturedGraph:
 
     def _rewrite(self, rates: tuple[float, ...]) -> Variant:
         places = self._rates.places
-        live: Live = {n: {"live": at, "rate": rates[at]} for n, at in places.items() if at is not None}
+        live: Live = {n: (rates[at], at) for n, at in places.items() if at is not None}
         unknown = {node for node in self._naming.sites if node not in places}
-        live = {**live, **{node: {"live": None, "rate": None} for node in unknown}}
+        live = {**live, **dict.fromkeys(unknown, (None, None))}
         asked = Asked(self._options, self._naming, live, self._compile_inner is None)
         try:
             made, parts = rewrite(self._module, asked)

@@ -16,6 +16,7 @@ from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
 from dropfx.graph.dropout_ops import BERNOULLI, DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, put_in_place, substitute, switched_off
+from dropfx.graph.notes import Dropping, notes
 
 
 def as_it_is(graph: fx.Graph) -> bool:
@@ -37,41 +38,42 @@ def results_of(graph: fx.Graph) -> Sequence[Any]:
     return tuple(results)
 
 
-Live = Mapping[fx.Node, dict[str, Any]]
+Live = Mapping[fx.Node, tuple[Any, int | None]]
+"""Dropout -> its present rate, and the number of the rate among those that a call brings along."""
 
 
 def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_step: bool) -> None:
     """Give the copied nodes what passes read in their meta.
 
     Args:
-        live: number and present value of the rate of each dropout; without them it is the constant in the graph.
+        live: rates that are no constants of the graph.
         by_step: there will be a draw a step.
     """
     memory = _Memory()
     effects = 0
     for source, node in zip(captured.nodes, graph.nodes, strict=True):
         value = source.meta.get("example_value")
-        rate = {"live": None, "rate": rate_of(source)} | live.get(source, {})
-        if source in naming.sites and (rate["rate"] == 0 or switched_off(source)):
+        rate, number = live.get(source, (rate_of(source), None))
+        if source in naming.sites and (rate == 0 or switched_off(source)):
             memory.share(value, argument(source, 0, "input"))
         leaves = tuple(value) if isinstance(value, torch.Size) else value  # a leaf to pytree
-        node.meta["val"] = pytree.tree_map(memory.concrete, leaves)
+        notes(node)["val"] = pytree.tree_map(memory.concrete, leaves)
         if value is None and node.op in ("call_function", "call_method"):
-            node.meta["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
+            notes(node)["effect"] = True  # grad mode, autocast, an assertion: it stays where it is
             effects += 1
-        node.meta["after_effects"] = effects
+        notes(node)["after_effects"] = effects
         if isinstance(value, nn.Parameter):
-            node.meta["parameter"] = True
+            notes(node)["parameter"] = True
         if source in naming.recurrent:
-            node.meta["recurrent"] = {"call": naming.recurrent[source], **rate}
+            notes(node)["recurrent"] = Dropping(naming.recurrent[source], rate, number)
         if source in naming.bernoulli:
-            node.meta["bernoulli"] = naming.bernoulli[source]
+            notes(node)["bernoulli"] = naming.bernoulli[source]
         if source in naming.others:
-            node.meta["other"] = naming.others[source]
+            notes(node)["other"] = naming.others[source]
         if source in naming.sites:
             if isinstance(value, Tensor):
                 _fix_sizes(value, DROPOUT_FUNCTIONS[source.target], by_step)
-            node.meta["site"] = {"call": naming.sites[source], **rate}
+            notes(node)["site"] = Dropping(naming.sites[source], rate, number)
     _spell_out_sizes(captured, graph)
     _spell_out_rates(captured, graph)
 
@@ -113,7 +115,7 @@ def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
 
 def _size(graph: fx.Graph, whole: fx.Node, dim: int) -> fx.Node:
     made = graph.call_method("size", (whole.args[0], dim))
-    made.meta = {**whole.meta, "val": whole.meta["val"][dim]}
+    made.meta = {**whole.meta, "val": notes(whole)["val"][dim]}
     return made
 
 

@@ -23,6 +23,7 @@ from dropfx.frontend.rates import rate_of
 from dropfx.graph.device_costs import costs_of
 from dropfx.graph.dropout_ops import RECURRENT_MODULES
 from dropfx.graph.nodes import substitute
+from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
 from dropfx.passes import PIPELINE
@@ -126,7 +127,7 @@ def rewrite(
         for module, training in flags.items():
             module.training = training
     results = _flat_results(graph)
-    devices = [v.device for n in graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
+    devices = [v.device for n in graph.nodes if isinstance(v := notes(n).get("val"), Tensor)]
     context = Context(checked, costs_of(devices[0] if devices else torch.device("cpu")))
     graph = run_passes(graph_module, graph, PIPELINE, context)
     made = fx.GraphModule(graph_module, graph, class_name="Rewritten")
@@ -163,7 +164,7 @@ def _name_sites(graph: fx.Graph) -> None:
     kinds = {"site": naming.sites, "recurrent": naming.recurrent}
     for kind, calls in kinds.items():
         for node, call in calls.items():
-            node.meta[kind] = {"call": call, "rate": rate_of(node), "live": None}
+            node.meta[kind] = Dropping(call, rate_of(node))
     for kind, others in {"bernoulli": naming.bernoulli, "other": naming.others}.items():
         for node, call in others.items():
             node.meta[kind] = call

@@ -24,6 +24,7 @@ from dropfx.frontend.dynamo_graph import Live, as_it_is, prepare, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.graph.device_costs import costs_of
 from dropfx.graph.nodes import copy_of, substitute
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, Pass, run_passes
 from dropfx.options import Options
 from dropfx.passes import PIPELINE
@@ -88,7 +89,7 @@ def rewrite(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[
 
 
 def _context(graph: fx.Graph, asked: Asked) -> Context:
-    devices = [v.device for n in graph.nodes if isinstance(v := n.meta.get("val"), Tensor)]
+    devices = [v.device for n in graph.nodes if isinstance(v := notes(n).get("val"), Tensor)]
     return Context(asked.options, costs_of(devices[0] if devices else torch.device("cpu")), eager=asked.eager)
 
 
@@ -109,7 +110,7 @@ def _pass_on(graph: fx.Graph, checkpoint: fx.Node, parts: list[Part], naming: Na
         inputs = [_placeholder(graph, naming.input_name(field)) for part in parts for _, field in part.inputs]
     checkpoint.args = (*checkpoint.args, *inputs)
     output = graph.output_node()
-    body_results = len(checkpoint.meta["val"])
+    body_results = len(notes(checkpoint)["val"])
     with graph.inserting_before(output):
         rows = [
             graph.call_function(operator.getitem, (checkpoint, body_results + number))

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dropfx.graph.notes import notes
+
 
 class Emitter:
     """Adds nodes before `node`."""
@@ -22,7 +24,7 @@ class Emitter:
         graph = self._node.graph
         with graph.inserting_before(self._node):
             made = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
-        made.meta = {**self._kept, "val": fake_value(target, *fx.node.map_arg(args, lambda n: n.meta["val"]))}
+        made.meta = {**self._kept, "val": fake_value(target, *fx.node.map_arg(args, lambda n: notes(n)["val"]))}
         return made
 
 

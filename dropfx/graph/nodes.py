@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
+from dropfx.graph.notes import notes
+
 _NAMESPACES = ("torch", "_operator", "torch.nn.functional", "torch._C._nn", "torch._VF", "torch.functional")
 
 
@@ -31,13 +33,13 @@ def op_name(node: fx.Node) -> str:
 
 def value_of(node: Any) -> Tensor | None:
     """The fake tensor that a node stands for, None where it is no tensor or unknown."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = notes(node).get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
 
 
 def parts_of(node: Any) -> list[Tensor] | None:
     """The fake tensors of a node with several results (chunk, split, unbind), None for any other."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = notes(node).get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, (tuple, list)) or not value or not all(isinstance(v, Tensor) for v in value):
         return None
     return list(value)
@@ -45,7 +47,7 @@ def parts_of(node: Any) -> list[Tensor] | None:
 
 def is_parameter(node: fx.Node) -> bool:
     """Whether the node stands for a parameter, as Dynamo or another tracer writes it."""
-    return node.op == "get_attr" or "parameter" in node.meta
+    return node.op == "get_attr" or "parameter" in notes(node)
 
 
 def matrix_of(weight: fx.Node) -> Any:
@@ -60,9 +62,9 @@ def mark_gradients(graph: fx.Graph) -> None:
     """
     for node in graph.nodes:
         value = value_of(node)
-        asks = any(operand.meta["asks_gradient"] for operand in node.all_input_nodes) and op_name(node) != "detach"
+        asks = any(notes(operand)["asks_gradient"] for operand in node.all_input_nodes) and op_name(node) != "detach"
         floating = value is None or value.is_floating_point() or value.is_complex()
-        node.meta["asks_gradient"] = floating and (asks or (value is not None and value.requires_grad))
+        notes(node)["asks_gradient"] = floating and (asks or (value is not None and value.requires_grad))
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -77,7 +79,7 @@ def switched_off(dropout: fx.Node) -> bool:
 
 def impure(node: fx.Node) -> bool:
     """A node that must stay though nobody reads it: module calls, random numbers, writes, what sets a mode."""
-    if node.op in ("placeholder", "output", "call_module") or "effect" in node.meta or node.is_impure():
+    if node.op in ("placeholder", "output", "call_module") or "effect" in notes(node) or node.is_impure():
         return True
     if isinstance(node.target, HigherOrderOperator):  # the body of a checkpoint may do any of this
         return True

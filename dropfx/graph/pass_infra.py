@@ -5,6 +5,7 @@ A pass is a function `name(graph_module, context) -> PassResult`; its file has i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -108,6 +109,11 @@ class PassResult(NamedTuple):
 
 
 Pass = Callable[[fx.GraphModule, Context], PassResult]
+
+
+def checking() -> bool:
+    """Whether passes check what holds between them, which takes time: DROPFX_CHECK=1, as in the tests."""
+    return os.environ.get("DROPFX_CHECK") == "1"
 
 
 def run_passes(root: nn.Module | dict[str, Any], graph: fx.Graph, passes: Sequence[Pass], context: Context) -> fx.Graph:

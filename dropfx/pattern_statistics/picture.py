@@ -107,7 +107,7 @@ def _correlations(axis: Axes, result: Statistics) -> None:
     axis.axhline(result.pair_mean, color="#d1495b", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_ylim(-1.1, 1.1)
-    what = "tiles apart along a row" if isinstance(result.source, Tile) else "units apart"
+    what = "tiles apart along a row" if result.source.drops_weights else "units apart"
     axis.set_xlabel(f"{what}; mean of all pairs {result.pair_mean:+.4f}")
 
 

@@ -95,11 +95,13 @@ class Pattern(ABC):
         name: as options and reports spell it.
         fields: inputs of the graph that a draw is, in order.
         on_host: its draws are made from numbers on the CPU, since the shape of what is kept depends on them.
+        drops_weights: it drops parts of the weights behind a dropout, in place of units.
     """
 
     name: str
     fields: tuple[str, ...] = ("starts", "run", "width", "scale")
     on_host = False
+    drops_weights = False
 
     @abstractmethod
     def fit(self, units: int, rate: float, groups: int = 1) -> Fit:

@@ -91,6 +91,7 @@ class Tile(Pattern):
     name = "tile"
     fields = ("lattice", "scale")
     on_host = True
+    drops_weights = True
 
     def __post_init__(self) -> None:
         _check_period(self.max_period)

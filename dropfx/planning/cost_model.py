@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from dropfx import ops
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.planning.min_cut import Prices
 from dropfx.planning.regions import Region, is_product
 
@@ -26,7 +27,7 @@ def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
     assert x is not None
     assert weight is not None
     rows = x.numel() // max(x.size(-1), 1)
-    return rows, weight.size(0), weight.size(1), 1 + sum(bool(o.meta.get("asks_gradient")) for o in operands)
+    return rows, weight.size(0), weight.size(1), 1 + sum(bool(notes(o).get("asks_gradient")) for o in operands)
 
 
 def recurrent_flops(node: fx.Node, keep: float = 1.0) -> int:
@@ -140,7 +141,7 @@ def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[flo
     own = steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), itemsize, _PASSES_A_STEP)
     # each step takes of the state and puts into its gradient; the kept weight is copied, and its gradient put
     moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
-    return products(1.0) + (0 if node.meta.get("one_piece") else own), products(keep) + own + moved
+    return products(1.0) + (0 if notes(node).get("one_piece") else own), products(keep) + own + moved
 
 
 def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:
@@ -168,7 +169,7 @@ def tiled_times(site: fx.Node, linears: Sequence[fx.Node], keep: float, costs: D
 
 
 def _size(node: fx.Node) -> tuple[int, int]:
-    value = node.meta.get("val")
+    value = notes(node).get("val")
     return (math.prod(value.shape), value.element_size()) if isinstance(value, Tensor) else (0, 4)
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dropfx import ops
 from dropfx.draws.draw_plan import DrawPlan
 from dropfx.graph.nodes import value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context
 from dropfx.ops.triton_available import why_no_kernels
 from dropfx.planning.cost_model import lowered_times
@@ -61,7 +62,7 @@ def _predicted(node: fx.Node, context: Context, why: str) -> Choice:
 
 def forms_of(node: fx.Node) -> tuple[Any, Any]:
     """What a Linear reads compact and what it makes compact."""
-    return next(iter(node.meta.get("reads", {}).values()), None), node.meta.get("form")
+    return next(iter(notes(node).get("reads", {}).values()), None), notes(node).get("form")
 
 
 def _keep(form: Any, context: Context) -> float:
@@ -152,13 +153,13 @@ class _Example:
         if value is None or not value.is_floating_point():
             raise _UnknownShape
         shape = list(value.shape)
-        if (form := argument.meta.get("form")) is not None:
+        if (form := notes(argument).get("form")) is not None:
             shape[form.axis.dim] = self._draws[self._context.draws[form.site]["width"]] * form.axis.factor
         made = torch.empty(shape, dtype=value.dtype, device=self._device)
         if form is None and value.dim() == 2 and not value.is_contiguous() and value.t().is_contiguous():
             made = torch.empty(shape[::-1], dtype=value.dtype, device=self._device).t()
         made.normal_(generator=self._generator)
-        return made.requires_grad_(bool(argument.meta.get("asks_gradient")))
+        return made.requires_grad_(bool(notes(argument).get("asks_gradient")))
 
 
 def _shown(argument: Any) -> str:

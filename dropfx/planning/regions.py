@@ -9,9 +9,10 @@ from typing import Any, cast
 from torch import fx
 
 from dropfx import ops
-from dropfx.graph.axis_rules import Axis, Operands, rule_of
+from dropfx.graph.axis_rules import Operands, rule_of
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
+from dropfx.graph.notes import UnitAxis, notes
 from dropfx.graph.pass_infra import Site
 from dropfx.planning.batch_statistics import reached_statistic
 
@@ -42,8 +43,8 @@ class Region:
     """
 
     site: fx.Node
-    forms: dict[fx.Node, Axis] = field(default_factory=dict)
-    wants: dict[fx.Node, dict[fx.Node, Axis]] = field(default_factory=dict)
+    forms: dict[fx.Node, UnitAxis] = field(default_factory=dict)
+    wants: dict[fx.Node, dict[fx.Node, UnitAxis]] = field(default_factory=dict)
     before: set[fx.Node] = field(default_factory=set)
     sinks: set[fx.Node] = field(default_factory=set)
     probabilities: bool = False
@@ -69,26 +70,26 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     if reason := reached_statistic(module, site.node, site.axis):
         raise RegionRefused(reason)
     region = Region(site.node, straight={site.node})
-    region.forms[site.node] = Axis(site.axis)
+    region.forms[site.node] = UnitAxis(site.axis)
     value = value_of(site.node)
     if site.fit is not None and site.fit.groups > 1 and value is not None:
         region.leading = value.size(0)
     source = site.node.args[0] if site.node.args else site.node.kwargs["input"]
     assert isinstance(source, fx.Node)
-    region.wants[site.node] = {source: Axis(site.axis)}
-    _grow_before(region, source, Axis(site.axis), taken)
+    region.wants[site.node] = {source: UnitAxis(site.axis)}
+    _grow_before(region, source, UnitAxis(site.axis), taken)
     _grow_after(region, taken)
     return region
 
 
-def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node]) -> None:
+def _grow_before(region: Region, source: fx.Node, axis: UnitAxis, taken: set[fx.Node]) -> None:
     pending = [(source, axis)]
     while pending:
         node, at = pending.pop()
         if node in region.forms:
             continue
         region.probabilities |= op_name(node) in _SOFTMAX and _over_units(node, at)
-        operands = None if node in taken or "pinned" in node.meta else _compact_before(region, node, at)
+        operands = None if node in taken or "pinned" in notes(node) else _compact_before(region, node, at)
         if operands is None:
             region.ends_before.append(node)
             continue
@@ -99,17 +100,17 @@ def _grow_before(region: Region, source: fx.Node, axis: Axis, taken: set[fx.Node
         pending += [(o, axis) for o, axis in operands.items() if not grouped or same_rows(o, node, axis)]
 
 
-def _compact_before(region: Region, node: fx.Node, at: Axis) -> Operands | None:
+def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | None:
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
     if drops(node) or (region.leading is not None and not _leads(node, at, region.leading)):
         return None
     if op_name(node) in GEMMS:
-        return region.wants.get(node, {}) if at == Axis(-1) and _gatherable(node) else None
+        return region.wants.get(node, {}) if at == UnitAxis(-1) and _gatherable(node) else None
     rule = rule_of(node)
     return None if rule is None else rule.operands(node, at)
 
 
-def same_rows(operand: fx.Node, reader: fx.Node, axis: Axis) -> bool:
+def same_rows(operand: fx.Node, reader: fx.Node, axis: UnitAxis) -> bool:
     """Whether operand and reader agree in the axes before the unit axis; else the operand is broadcast."""
     value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
     if rule is None or not rule.pointwise:
@@ -119,7 +120,7 @@ def same_rows(operand: fx.Node, reader: fx.Node, axis: Axis) -> bool:
 
 def rows_source(node: fx.Node) -> fx.Node:
     """An operand whose first axis is the first axis of a region's node before or at the site."""
-    form = node.meta.get("form")
+    form = notes(node).get("form")
     operands = [o for o in node.all_input_nodes if value_of(o) is not None]
     if op_name(node) in GEMMS:
         source: fx.Node = argument(node, 0, "input")
@@ -129,7 +130,7 @@ def rows_source(node: fx.Node) -> fx.Node:
     return next(o for o in operands if same_rows(o, node, form.axis))
 
 
-def _leads(node: fx.Node, at: Axis, leading: int) -> bool:
+def _leads(node: fx.Node, at: UnitAxis, leading: int) -> bool:
     """Whether the node's first axis is the site's, before the site: its length is asked there."""
     value, rule = value_of(node), rule_of(node)
     if value is None or value.dim() + at.dim < 1 or value.size(0) != leading:
@@ -154,7 +155,7 @@ def is_dropped(value: Any) -> bool:
     return False
 
 
-def _over_units(node: fx.Node, axis: Axis) -> bool:
+def _over_units(node: fx.Node, axis: UnitAxis) -> bool:
     dim, value = argument(node, 1, "dim"), value_of(node)
     return isinstance(dim, int) and value is not None and dim % value.dim() == value.dim() + axis.dim
 
@@ -175,7 +176,7 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
             continue
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
-        free = not ("pinned" in node.meta or drops(node))
+        free = not ("pinned" in notes(node) or drops(node))
         if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
         elif free and node not in taken and recurrent_weight(node) in read:
@@ -224,7 +225,7 @@ def _recurrent_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> N
         region.wants[node] = {weight: at}
 
 
-def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]) -> Axis | None:
+def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]) -> UnitAxis | None:
     rule = rule_of(node)
     if rule is None or not rule.zero(node, zeros):
         return None
@@ -262,7 +263,7 @@ def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
 
 def drops(node: fx.Node) -> bool:
     """Whether it is a site, of another rate than 0."""
-    return "site" in node.meta and not node.meta.get("identity")
+    return "site" in notes(node) and not notes(node).get("identity")
 
 
 def ends(region: Region) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dropfx import ops
 from dropfx.graph.device_costs import DEVICES
 from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS, Call
+from dropfx.graph.notes import Dropping
 from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
 from dropfx.passes.expand_recurrent import expand_recurrent
@@ -112,12 +113,12 @@ def test_values_keep_their_fakes() -> None:
 
 
 def test_a_site_in_each_gap() -> None:
-    meta = {"recurrent": {"call": Call("net.rnn"), "rate": 0.25, "live": 3}}
+    meta = {"recurrent": Dropping(Call("net.rnn"), 0.25, 3)}
     module, _, _ = by_hand(layers=3, meta=meta)
     run(module)
     sites = [node.meta["site"] for node in calls(module, F.dropout)]
-    assert [site["call"].name for site in sites] == ["net.rnn.dropout[0]", "net.rnn.dropout[1]"]
-    assert all(site["rate"] == 0.25 and site["live"] == 3 for site in sites)
+    assert [site.call.name for site in sites] == ["net.rnn.dropout[0]", "net.rnn.dropout[1]"]
+    assert all(site.rate == 0.25 and site.live == 3 for site in sites)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +126,10 @@ def test_a_site_in_each_gap() -> None:
     [("", 1, "dropout[0]"), ("rnn", 2, "rnn.dropout[0]#2"), ("", 3, "dropout[0]#3")],
 )
 def test_names(path: str, count: int, name: str) -> None:
-    module, _, _ = by_hand(meta={"recurrent": {"call": Call(path, count), "rate": 0.25, "live": None}})
+    module, _, _ = by_hand(meta={"recurrent": Dropping(Call(path, count), 0.25)})
     run(module)
     (site,) = calls(module, F.dropout)
-    assert site.meta["site"]["call"].name == name
+    assert site.meta["site"].call.name == name
 
 
 @pytest.mark.parametrize("given", [{"dropout": 0.0}, {"layers": 1}], ids=str)

@@ -10,15 +10,14 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graph.axis_rules import Axis
 from dropfx.graph.device_costs import DEVICES
 from dropfx.graph.nodes import is_parameter
+from dropfx.graph.notes import Form, UnitAxis
 from dropfx.graph.pass_infra import Context, Site, run_passes
 from dropfx.options import make_options
 from dropfx.passes import PIPELINE
 from dropfx.passes.fold_masks import fold_masks
 from dropfx.passes.hoist_weight_gathers import hoist_weight_gathers
-from dropfx.passes.plan_regions import Form
 from tests.capture import trace
 from tests.catalogue import CASES
 from tests.catalogue.cells import ONE_MASK
@@ -41,7 +40,7 @@ def products(rows: bool = False, scales: tuple[float, float] = (2.0, 2.0), **met
     for operand, scale in zip((x, y), scales, strict=True):
         runs = (starts, 4, starts, 4) if rows else (None, 0, starts, 4)
         node = graph.call_function(ops.linear_op, (operand, weight, bias, *runs, scale, 0, 0))
-        node.meta = {"reads": {operand: Form(0, Axis(-1))}}
+        node.meta = {"reads": {operand: Form(0, UnitAxis(-1))}}
     graph.output(tuple(node for node in graph.nodes if node.target is ops.linear_op))
     return fx.GraphModule({}, graph)
 
@@ -92,7 +91,7 @@ def multiplied(ones: str = "ones", **meta: Any) -> tuple[fx.GraphModule, Context
     x, starts, scale = (graph.placeholder(name) for name in ("x", "starts", "scale"))
     x.meta = {"val": torch.empty(3, 16)}
     made = graph.call_function(getattr(torch, ones), ((3, 16),) if ones == "ones" else (x,))
-    form = Form(0, Axis(-1))
+    form = Form(0, UnitAxis(-1))
     kept = [graph.call_function(ops.gather_op, (value, starts, 4, -1, 0)) for value in (x, made)]
     mask = graph.call_function(ops.scale_units, (kept[1], scale, -1))
     product = graph.call_function(torch.mul, (kept[0], mask))

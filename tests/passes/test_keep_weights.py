@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, fx
 
 from dropfx import ops
-from dropfx.graph.axis_rules import Axis
 from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.notes import Form, UnitAxis
 from dropfx.graph.pass_infra import Context, Site
 from dropfx.options import make_options
 from dropfx.passes.keep_weights import keep_weights
-from dropfx.passes.plan_regions import Form
 
 INPUTS = (torch.randn(3, 8), torch.randn(16, 16), torch.randn(16), torch.tensor([0, 12]))
 
@@ -22,7 +21,7 @@ def graph_of() -> tuple[fx.GraphModule, fx.Node]:
     graph = fx.Graph()
     x, weight, bias, starts = (graph.placeholder(name) for name in ("x", "weight", "bias", "starts"))
     node = graph.call_function(ops.linear_op, (x, weight, bias, None, 0, starts, 4, 2.0, 0, 0))
-    node.meta = {"reads": {x: Form(0, Axis(-1))}}
+    node.meta = {"reads": {x: Form(0, UnitAxis(-1))}}
     graph.output(node)
     return fx.GraphModule({}, graph), node
 

@@ -13,6 +13,7 @@ from dropfx.graph.device_costs import DEVICES
 from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
 from dropfx.passes import PIPELINE
+from dropfx.passes.check_result import check_result
 from dropfx.passes.fuse_activation import fuse_activation
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lower import lower
@@ -120,4 +121,4 @@ def test_every_op_of_a_graph_is_lowered() -> None:
 
 def test_lowering_comes_last() -> None:
     """Passes before it match the registered ops; what follows fuses what was lowered, or keeps what it gathers."""
-    assert PIPELINE[-3:] == (lower, keep_weights, fuse_activation)
+    assert PIPELINE[-4:] == (lower, keep_weights, fuse_activation, check_result)

@@ -11,6 +11,7 @@ from torch import fx
 from dropfx.graph.device_costs import DEVICES
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.nodes import op_name
+from dropfx.graph.notes import Dropping
 from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.ops.shared_dropout import shared_dropout
 from dropfx.options import make_options
@@ -54,7 +55,7 @@ def test_fires(name: str, rate: float, shared: tuple[bool, ...]) -> None:
     graph, _ = run(name, *PASSES)
     (site,) = sites(graph)
     assert site.args[1:] == (rate, shared, "probabilities" in name, None)
-    assert site.meta["site"] == {"call": Call("drop:bernoulli"), "rate": rate, "live": None}
+    assert site.meta["site"] == Dropping(Call("drop:bernoulli"), rate)
     assert not any("bernoulli" in str(node.target) for node in graph.nodes)
     assert "size" not in [user.target for user in site.args[0].users]  # nothing of the mask is left
     assert len(sites(run(name, *PASSES, recognise_masks)[0])) == 1
@@ -70,7 +71,7 @@ def test_one_mask_of_several_products(body: Any) -> None:
     assert ones.target is torch.ones
     assert {operand.target for operand in ones.all_input_nodes} <= {"size"}
     assert len(site.users) > 1
-    assert site.meta["site"] == {"call": Call("drop:bernoulli"), "rate": 0.25, "live": None}
+    assert site.meta["site"] == Dropping(Call("drop:bernoulli"), 0.25)
     left = {"bernoulli", "new_empty", "empty_like", "full", "expand", "expand_as", "detach"}
     assert left.isdisjoint(op_name(node) for node in graph.nodes)
     assert len(sites(run(f"mask_{body.__name__}", *PASSES, recognise_masks)[0])) == 1

@@ -59,7 +59,7 @@ def test_fires(weight: Mask) -> None:
     assert not {F.dropout, torch.ones, "expand_as", "expand", "new_ones"} & set(targets)
     (site,) = (node for node in graph.nodes if node.target is F.dropout1d)
     assert site.args[1:] == (0.25, True)
-    assert site.meta["site"]["call"].name == ":dropout_1"
+    assert site.meta["site"].call.name == ":dropout_1"
     again = run(weight, (functionalize, recognise_row_masks, recognise_row_masks))
     assert [node.target for node in again.nodes] == targets
 

@@ -8,15 +8,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graph.axis_rules import Axis
 from dropfx.graph.device_costs import DEVICES
+from dropfx.graph.notes import Form, UnitAxis
 from dropfx.graph.pass_infra import Context, run_passes
 from dropfx.options import make_options
 from dropfx.passes.canonicalize import canonicalize
 from dropfx.passes.find_sites import find_sites
 from dropfx.passes.functionalize import functionalize
 from dropfx.passes.insert_draws import insert_draws
-from dropfx.passes.plan_regions import Form, plan_regions
+from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_sites import rewrite_sites
 from tests.capture import symbolic
@@ -51,7 +51,7 @@ def by_hand(*rest: object, plan: bool = True, **kwargs: object) -> tuple[fx.Grap
     node = graph.call_function(F.embedding, (ids, matrix, *rest), kwargs)
     node.meta["val"] = F.embedding(IDS, weight)
     if plan:
-        node.meta["form"] = Form(0, Axis(-1))
+        node.meta["form"] = Form(0, UnitAxis(-1))
     graph.output(node)
     context = Context(make_options(), DEVICES["cpu"], draws={0: {"starts": starts, "run": run}})
     return fx.GraphModule({}, graph), context

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dropfx.graph.axis_rules import Axis
 from dropfx.graph.device_costs import DeviceCosts
+from dropfx.graph.notes import UnitAxis
 from dropfx.graph.pass_infra import Context
 from dropfx.options import make_options
 from dropfx.passes.canonicalize import canonicalize
@@ -277,4 +277,4 @@ def test_node_compact_for_another_site_counts_as_dense() -> None:
 
 def test_views_carry_the_axis_to_where_the_units_lie() -> None:
     region = region_of(lambda m, x: F.dropout(m.first(x)).t())
-    assert {n.name: axis for n, axis in region.forms.items()}["t"] == Axis(-2)
+    assert {n.name: axis for n, axis in region.forms.items()}["t"] == UnitAxis(-2)

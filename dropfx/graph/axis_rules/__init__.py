@@ -5,15 +5,16 @@ An operation is *unit-wise* on an axis when unit j of the output needs only unit
 read; after it f(0) = 0 is needed too. Axes are counted from the end, so that broadcasting aligns them.
 """
 
-from dropfx.graph.axis_rules.rule import Axis, AxisRule, Operands
+from dropfx.graph.axis_rules.rule import AxisRule, Operands
 from dropfx.graph.axis_rules.table import AXIS_RULES, COPIES, PERMUTATIONS, rule_of
 from dropfx.graph.axis_rules.views import axes_of_index, axes_of_permutation
+from dropfx.graph.notes import UnitAxis
 
 __all__ = [
     "AXIS_RULES",
     "COPIES",
     "PERMUTATIONS",
-    "Axis",
+    "UnitAxis",
     "AxisRule",
     "Operands",
     "axes_of_index",

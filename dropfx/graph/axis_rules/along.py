@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from dropfx.graph.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graph.axis_rules.rule import AxisRule, Operands, Zero
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.notes import UnitAxis
 
 DIM: dict[str, tuple[int, str, Any]] = {
     **dict.fromkeys(("narrow", "select", "index_select", "cumsum"), (1, "dim", None)),
@@ -48,7 +49,7 @@ def _along_sources(node: fx.Node) -> list[fx.Node]:
     return [s for s in sources if isinstance(s, fx.Node)]
 
 
-def _along_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def _along_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     sources = _along_sources(node)
     values = [value_of(source) for source in sources]
     if not values or any(v is None for v in values):
@@ -60,16 +61,16 @@ def _along_operands(node: fx.Node, axis: Axis) -> Operands | None:
     removed = _removed(node, along)
     kept = [d for d in range(rank) if d not in removed]
     source = kept[axis.dim]
-    return None if source in along else dict.fromkeys(sources, Axis(source - rank, axis.factor))
+    return None if source in along else dict.fromkeys(sources, UnitAxis(source - rank, axis.factor))
 
 
-def _along_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def _along_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     value = value_of(operand)
     along = None if value is None else _along(node, value.dim())
     if value is None or along is None or operand not in _along_sources(node) or value.dim() + axis.dim in along:
         return None
     behind = sum(d > value.dim() + axis.dim for d in _removed(node, along))
-    return Axis(axis.dim + behind, axis.factor)
+    return UnitAxis(axis.dim + behind, axis.factor)
 
 
 def _along_keeps_first(node: fx.Node) -> bool:
@@ -89,24 +90,24 @@ def _stacked(node: fx.Node) -> tuple[int, int] | None:
     return None if value is None or not isinstance(dim, int) else (dim % value.dim(), value.dim() - 1)
 
 
-def stack_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def stack_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """The stacked tensors, compact along the axis that the result's axis was; None along the new axis."""
     found, sources = _stacked(node), _along_sources(node)
     if found is None or not sources:
         return None
     new, rank = found
     place = rank + 1 + axis.dim
-    return None if place == new else dict.fromkeys(sources, Axis(place - (place > new) - rank, axis.factor))
+    return None if place == new else dict.fromkeys(sources, UnitAxis(place - (place > new) - rank, axis.factor))
 
 
-def stack_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def stack_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     """The axis of the result that an axis of a stacked tensor becomes."""
     found = _stacked(node)
     if found is None or operand not in _along_sources(node):
         return None
     new, rank = found
     place = rank + axis.dim
-    return Axis(place + (place >= new) - rank - 1, axis.factor)
+    return UnitAxis(place + (place >= new) - rank - 1, axis.factor)
 
 
 def stack_keeps_first(node: fx.Node) -> bool:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dropfx.graph.axis_rules.rule import Axis, AxisRule, Operands, Zero
+from dropfx.graph.axis_rules.rule import AxisRule, Operands, Zero
 from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.notes import UnitAxis, notes
 
 
-def _pointwise_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def _pointwise_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     out = value_of(node)
     if out is None:
         return None
     found: Operands = {}
     for operand in node.all_input_nodes:
-        value = operand.meta.get("val")
+        value = notes(operand).get("val")
         if not isinstance(value, torch.Tensor):
             if isinstance(value, (bool, int, float)):
                 continue
@@ -27,7 +28,7 @@ def _pointwise_operands(node: fx.Node, axis: Axis) -> Operands | None:
     return found
 
 
-def _pointwise_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def _pointwise_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     out, value = value_of(node), value_of(operand)
     if out is None or value is None or out.dim() < -axis.dim or out.shape[axis.dim] != value.shape[axis.dim]:
         return None
@@ -81,12 +82,12 @@ def pointwise(zero: Zero) -> AxisRule:
     return AxisRule(_pointwise_operands, _pointwise_output, zero, pointwise=True)
 
 
-def first_operand(node: fx.Node, axis: Axis) -> Operands | None:
+def first_operand(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """The first operand carries the axis where the output does; None where it is no value of the graph."""
     first = node.args[0]
     return {first: axis} if isinstance(first, fx.Node) else None
 
 
-def first_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def first_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     """The output has the axis of its first operand; None for any other."""
     return axis if operand is node.args[0] else None

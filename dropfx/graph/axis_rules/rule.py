@@ -7,16 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from dropfx.graph.notes import UnitAxis
 
-@dataclass(frozen=True)
-class Axis:
-    """Where a site's units lie in a value: axis `dim` (negative), `factor` neighbouring positions a unit."""
-
-    dim: int
-    factor: int = 1
-
-
-Operands = dict[fx.Node, Axis]
+Operands = dict[fx.Node, UnitAxis]
 Zero = Callable[[fx.Node, set[fx.Node]], bool]
 
 
@@ -34,8 +27,8 @@ class AxisRule:
         pointwise: operands broadcast against each other.
     """
 
-    operands: Callable[[fx.Node, Axis], Operands | None]
-    output: Callable[[fx.Node, fx.Node, Axis], Axis | None]
+    operands: Callable[[fx.Node, UnitAxis], Operands | None]
+    output: Callable[[fx.Node, fx.Node, UnitAxis], UnitAxis | None]
     zero: Zero
     leads: Callable[[fx.Node], bool] = lambda node: True
     moves_rows: bool = False

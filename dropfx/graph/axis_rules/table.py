@@ -30,6 +30,7 @@ from dropfx.graph.axis_rules.views import (
     reshape_output,
 )
 from dropfx.graph.nodes import op_name, parts_of, value_of
+from dropfx.graph.notes import notes
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
@@ -66,7 +67,7 @@ AXIS_RULES: dict[str, AxisRule] = {
 
 def rule_of(node: fx.Node) -> AxisRule | None:
     """The row of a node's operation, None where everything must be dense; "identity": a dropout of rate 0."""
-    if node.meta.get("identity"):
+    if notes(node).get("identity"):
         return AXIS_RULES["clone"]
     if value_of(node) is None and parts_of(node) is None:
         return None

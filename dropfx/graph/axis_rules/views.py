@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from dropfx.graph.axis_rules.pointwise import first_operand
-from dropfx.graph.axis_rules.rule import Axis, Operands
+from dropfx.graph.axis_rules.rule import Operands
 from dropfx.graph.nodes import op_name, parts_of, value_of
+from dropfx.graph.notes import UnitAxis
 
 
-def reshape_axis(source: Sequence[int], target: Sequence[int], axis: Axis) -> Axis | None:
+def reshape_axis(source: Sequence[int], target: Sequence[int], axis: UnitAxis) -> UnitAxis | None:
     """Axis of `target` that holds `axis` of `source` when one shape is viewed as the other.
 
     The axis may merge with axes behind it (its factor grows); it may not be split or merge with axes before it.
@@ -23,11 +24,11 @@ def reshape_axis(source: Sequence[int], target: Sequence[int], axis: Axis) -> Ax
         length, behind = math.prod(source[position:merged]), math.prod(source[merged:])
         for place, size in enumerate(target):
             if size == length and size > 1 and math.prod(target[place + 1 :]) == behind:
-                return Axis(place - len(target), axis.factor * (length // source[position]))
+                return UnitAxis(place - len(target), axis.factor * (length // source[position]))
     return None
 
 
-def reshape_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def reshape_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """Axis of the operand that a reshape shows as `axis` of its output; None where it is split or merged otherwise."""
     first, out = node.args[0], value_of(node)
     value = value_of(first)
@@ -42,7 +43,7 @@ def _squeezes_any(node: fx.Node) -> bool:
     return op_name(node) == "squeeze" and len(node.args) + len(node.kwargs) == 1
 
 
-def reshape_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def reshape_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     """Axis of the output that holds the operand's `axis`; None where the reshape splits it or merges it with others."""
     value, out = value_of(operand), value_of(node)
     if value is None or out is None or operand is not node.args[0] or _squeezes_any(node):
@@ -64,20 +65,20 @@ def axes_of_permutation(node: fx.Node) -> list[int] | None:
     return [size - 2 for size in out.shape]
 
 
-def permute_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def permute_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """Axis of the operand that a permutation moves to `axis` of its output; None where the order is not known."""
     order, first = axes_of_permutation(node), node.args[0]
     if order is None or not isinstance(first, fx.Node):
         return None
-    return {first: Axis(order[axis.dim] - len(order), axis.factor)}
+    return {first: UnitAxis(order[axis.dim] - len(order), axis.factor)}
 
 
-def permute_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def permute_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     """Axis of the output to which a permutation moves the operand's `axis`; None where the order is not known."""
     order = axes_of_permutation(node)
     if order is None:
         return None
-    return Axis(order.index(len(order) + axis.dim) - len(order), axis.factor)
+    return UnitAxis(order.index(len(order) + axis.dim) - len(order), axis.factor)
 
 
 def first_stays(node: fx.Node) -> bool:
@@ -112,7 +113,7 @@ def axes_of_index(node: fx.Node) -> list[int | None] | None:
     return order
 
 
-def index_operands(node: fx.Node, axis: Axis) -> Operands | None:
+def index_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """Axis of the operand that `x[...]` shows as `axis` of its output; None where the index is not known."""
     if _part_of_several(node):
         return first_operand(node, axis)
@@ -121,17 +122,17 @@ def index_operands(node: fx.Node, axis: Axis) -> Operands | None:
     source = None if order is None else order[axis.dim]
     if source is None or value is None or not isinstance(first, fx.Node):
         return None
-    return {first: Axis(source - value.dim(), axis.factor)}
+    return {first: UnitAxis(source - value.dim(), axis.factor)}
 
 
-def index_output(node: fx.Node, operand: fx.Node, axis: Axis) -> Axis | None:
+def index_output(node: fx.Node, operand: fx.Node, axis: UnitAxis) -> UnitAxis | None:
     """Axis of the output that shows the operand's `axis` whole; None where the index takes parts of it."""
     if _part_of_several(node):
         return axis
     order, value = axes_of_index(node), value_of(operand)
     if order is None or value is None or operand is not node.args[0] or value.dim() + axis.dim not in order:
         return None
-    return Axis(order.index(value.dim() + axis.dim) - len(order), axis.factor)
+    return UnitAxis(order.index(value.dim() + axis.dim) - len(order), axis.factor)
 
 
 def index_keeps_first(node: fx.Node) -> bool:
