@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from dropfx.graph.nodes import parts_of, value_of
 from dropfx.graph.notes import Form, notes, sites_of
@@ -28,7 +28,8 @@ def check_plan(module: fx.GraphModule, context: Context) -> PassResult:
 def _check_axis(node: fx.Node, form: Form, context: Context) -> None:
     fit = context.sites[form.site].fit
     assert fit is not None, f"{node} has a form by a site without a pattern"
-    for value in parts_of(node) or [value_of(node)]:
+    parts: list[Tensor] | None = parts_of(node)
+    for value in parts if parts is not None else [value_of(node)]:
         assert value is not None, f"{node} has a form, and no value"
         units = value.shape[form.axis.dim]
         assert units == fit.units * form.axis.factor, f"{node} has {units} places on {form.axis}, its site {fit.units}"
