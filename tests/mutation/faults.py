@@ -1,0 +1,149 @@
+"""Faults that the tests must find: a line of the library, what it becomes, and the tests that are asked first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """In `file`, the one place with `text` becomes `faulty`; `tests` are folders or files, the nearest first."""
+
+    file: str
+    text: str
+    faulty: str
+    tests: str
+
+
+FAULTS = (
+    # -- ops
+    Fault("dropfx/ops/linear.py", "alpha=scale, out=compact", "alpha=1.0, out=compact", "ops"),
+    Fault("dropfx/ops/linear.py", "in reversed(list(enumerate(starts)))", "in list(enumerate(starts))", "ops"),
+    Fault("dropfx/ops/linear.py", "dense[:end].zero_()", "pass", "ops"),
+    Fault("dropfx/ops/linear.py", "db = grad.sum(0).to(kept.dtype)", "db = grad.mean(0).to(kept.dtype)", "ops"),
+    Fault(
+        "dropfx/ops/linear.py",
+        "return scaled_mm(grad, compact.to(grad.dtype), scale)",
+        "return scaled_mm(grad, compact.to(grad.dtype), 1.0)",
+        "ops",
+    ),
+    Fault(
+        "dropfx/ops/runs.py",
+        "x.narrow(dim, 0, kept.run - tail)], dim)",
+        "x.narrow(dim, 1, kept.run - tail)], dim)",
+        "ops",
+    ),
+    Fault(
+        "dropfx/ops/runs.py", ".index_add_(dim, kept.units(units), y)", ".index_copy_(dim, kept.units(units), y)", "ops"
+    ),
+    Fault(
+        "dropfx/ops/groups.py",
+        "size + (group < more)",
+        "size + (group >= groups - more)",
+        "ops catalogue/test_groups.py",
+    ),
+    Fault("dropfx/ops/groups.py", "if row < end), 0)", "if row <= end), 0)", "ops catalogue/test_groups.py"),
+    Fault("dropfx/ops/groups.py", "longer = more * (size + 1)", "longer = more * size", "catalogue/test_groups.py"),
+    Fault("dropfx/ops/residual.py", "scatter_groups(y * alpha, dim", "scatter_groups(y, dim", "ops"),
+    Fault("dropfx/ops/embedding.py", "(where != padding_idx)", "(where == where)", "ops"),
+    Fault("dropfx/ops/recurrent/lstm.py", "        cell.mul_(forget)\n", "", "ops"),
+    Fault("dropfx/ops/recurrent/gru.py", "sigmoid_slope(saved.before - n, u", "sigmoid_slope(saved.before, u", "ops"),
+    Fault("dropfx/ops/recurrent/rnn.py", "        before.copy_(h[:b])\n", "", "ops"),
+    Fault("dropfx/ops/shared_dropout.py", "return input * drawn.div_(1 - p)", "return input * drawn", "passes"),
+    # -- axis rules
+    Fault(
+        "dropfx/graph/axis_rules/table.py",
+        'never if "softmax" in name else all_sources',
+        "all_sources",
+        "graph catalogue/test_equivalence.py",
+    ),
+    Fault(
+        "dropfx/graph/axis_rules/table.py",
+        "pointwise(never) for name in _NOT_ZERO_AT_ZERO",
+        "pointwise(always) for name in _NOT_ZERO_AT_ZERO",
+        "graph catalogue/test_equivalence.py",
+    ),
+    Fault(
+        "dropfx/graph/axis_rules/views.py",
+        "axis.factor * (length // source[position])",
+        "axis.factor",
+        "graph catalogue/test_equivalence.py",
+    ),
+    Fault(
+        "dropfx/graph/axis_rules/pointwise.py",
+        "all(isinstance(a, fx.Node) and a in zeros for a in node.args[:2])",
+        "any(isinstance(a, fx.Node) and a in zeros for a in node.args[:2])",
+        "graph catalogue/test_equivalence.py",
+    ),
+    Fault("dropfx/graph/axis_rules/pointwise.py", "<= 0 <= (high or 0)", "<= 1 <= (high or 1)", "graph catalogue"),
+    # -- planning
+    Fault("dropfx/planning/min_cut.py", "capacity=prices.scatter[value])", "capacity=0)", "planning"),
+    Fault("dropfx/planning/regions.py", 'not notes(node).get("identity")', "True", "passes planning catalogue"),
+    # -- draws and patterns
+    Fault(
+        "dropfx/draws/draw_plan.py",
+        "return unwrapped(self.starts, self.run) % self.fit.units",
+        "return unwrapped(self.starts, self.run)",
+        "draws patterns",
+    ),
+    Fault("dropfx/draws/draw_plan.py", "number = _mix(number + rank_step)", "number = number", "draws distributed"),
+    Fault("dropfx/draws/draw_plan.py", "_signed(site_key(self.names[i]))", '_signed(site_key(""))', "draws"),
+    Fault("dropfx/patterns/block.py", "drawn_rate=1.0 - count / blocks", "drawn_rate=count / blocks", "patterns"),
+    Fault("dropfx/patterns/block.py", "chosen.sort(dim=-1).values", "chosen", "patterns draws"),
+    Fault("dropfx/patterns/block.py", "        held = dealt % fit.count\n", "        held = 0\n", "patterns"),
+    Fault("dropfx/patterns/base.py", "MAX_RATE_ERROR = 0.02", "MAX_RATE_ERROR = 0.2", "patterns draws"),
+    # -- passes
+    Fault("passes/fold_scale.py", " or user.args[own] != 1.0", "", "passes catalogue/test_equivalence.py"),
+    Fault(
+        "passes/drop_identities.py",
+        "size == value.size(dim) and is_fixed(node, dim)",
+        "size == value.size(dim)",
+        "passes",
+    ),
+    Fault("passes/rewrite_residual.py", "else -alpha)", "else alpha)", "passes catalogue/test_equivalence.py"),
+    Fault(
+        "passes/functionalize.py",
+        '            notes(other)["pinned"] = True',
+        "            pass",
+        "passes promises/test_hunted.py",
+    ),
+    Fault("passes/keep_layouts.py", "if context.draws else []", "if False else []", "passes"),
+    Fault("passes/expand_recurrent.py", '    if "pinned" in notes(node):', "    if False:", "promises/test_hunted.py"),
+    Fault("passes/recognise_masks.py", "rate = round(1 - keep, 12)", "rate = round(keep, 12)", "passes"),
+    Fault("passes/recognise_masks.py", "math.isclose(scale * keep, 1, rel_tol=1e-6)", "True", "passes"),
+    Fault("passes/hoist_weight_gathers.py", "_gather(bias, rows, row_run, 0)", "bias", "passes"),
+    Fault(
+        "passes/rewrite_linear.py",
+        "runs = rows.starts, rows.run, cols.starts, cols.run",
+        "runs = cols.starts, cols.run, rows.starts, rows.run",
+        "passes",
+    ),
+    Fault(
+        "passes/find_sites.py",
+        "if not 0 < site.rate < 1:",
+        "if not 0 < site.rate:",
+        "promises/test_bad_rates.py promises passes",
+    ),
+    Fault("passes/time_major.py", 'notes(site)["steps_second"] = True', "pass", "promises/test_time.py"),
+    # -- front end
+    Fault(
+        "dropfx/frontend/captured_graph.py",
+        "        if rates == self._rates:\n",
+        "        if rates or not rates:\n",
+        "promises/test_switches.py",
+    ),
+    Fault(
+        "dropfx/frontend/naming.py", "return Call(what, self.calls[what])", "return Call(what, 1)", "frontend promises"
+    ),
+    Fault(
+        "dropfx/frontend/capture.py",
+        "            install_guard(LocalSource(name, is_input=True).make_guard(GuardBuilder.ID_MATCH))\n",
+        "            pass\n",
+        "frontend promises soundness",
+    ),
+    Fault(
+        "dropfx/frontend/whole_calls.py",
+        "0.5 if isinstance(value, torch.SymFloat) else value",
+        "value",
+        "promises frontend",
+    ),
+)
