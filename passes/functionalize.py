@@ -64,7 +64,7 @@ def functionalize(module: fx.GraphModule, context: Context) -> PassResult:
 def _functionalize(graph: fx.Graph, node: fx.Node) -> bool:
     target = argument(node, 0, "input")
     aliases = _aliases(graph, target)
-    form = _functional(node) if aliases is not None else None
+    form = _functional(node) if aliases is not None and not _reads_what_it_writes(node, aliases) else None
     if aliases is None or form is None:
         _pin(graph, node)
         return False
@@ -218,6 +218,32 @@ def _reads_another(node: fx.Node, aliases: set[fx.Node]) -> bool:
     """Whether it takes one of several results, and not one that was written."""
     several = node.target is operator.getitem and value_of(node.args[0]) is None
     return several and node not in aliases and value_of(node) is not None
+
+
+def _reads_what_it_writes(node: fx.Node, aliases: set[fx.Node]) -> bool:
+    """Whether another operand shares elements with the written one: what it reads depends on the order of writes."""
+    target, *others = node.all_input_nodes
+    shared = [other for other in others if other in aliases]
+    return any(not _apart(value_of(target), value_of(other)) for other in shared)
+
+
+def _apart(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two views of one memory are the same one, or chunks of it along one of their axes."""
+    if first is None or second is None or first.stride() != second.stride():
+        return False
+    low, high = sorted((first, second), key=lambda view: int(view.storage_offset()))
+    steps = int(high.storage_offset() - low.storage_offset())
+    if steps == 0:
+        return first.shape == second.shape and 0 not in first.stride()
+    strides = [*sorted({int(stride) for stride in low.stride()}), low.untyped_storage().nbytes() // low.itemsize]
+    for dim, stride in enumerate(low.stride()):
+        if stride == 0 or steps % stride:
+            continue
+        room = strides[strides.index(int(stride)) + 1] // stride  # positions until the next one of a longer axis
+        first_free, end = steps // stride, steps // stride + high.size(dim)
+        if low.size(dim) <= first_free and end <= room:
+            return True
+    return False
 
 
 def _pin(graph: fx.Graph, node: fx.Node) -> None:

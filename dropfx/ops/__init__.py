@@ -1,4 +1,4 @@
-"""Gathered ops: what a rewritten graph calls (design section 7)."""
+"""Gathered ops: what a rewritten graph calls."""
 
 from dropfx.ops.define import EAGER
 from dropfx.ops.embedding import embedding_op

@@ -1,4 +1,4 @@
-"""Patterns: the rules by which a step's kept units are drawn (design section 6)."""
+"""Patterns: the rules by which a step's kept units are drawn."""
 
 from dropfx.patterns.base import (
     MAX_RATE_ERROR,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_RATE_ERROR = 0.02
-"""Largest |drawn rate - p| at which a site is rewritten (design promise 3)."""
+"""Largest |drawn rate - p| at which a site is rewritten (docs/design.md, promise 3)."""
 
 
 class PatternRefused(ValueError):

@@ -1,8 +1,9 @@
 """The minimum cut against brute force: no labelling of a region is cheaper than the one it returns.
 
-The brute force labels every node of a region in every way and prices each labelling by the rules of design section 5,
-written out anew here: a cost for each node, one for each value read in the other form (once a value, not a reader),
-infinity for what cannot be. It shares the prices of nodes and transfers with the library, and nothing of the cut.
+The brute force labels every node of a region in every way and prices each labelling by the rules of section 3 of
+docs/how_it_works.md, written out anew here: a cost for each node, one for each value read in the other form (once a
+value, not a reader), infinity for what cannot be. It shares the prices of nodes and transfers with the library, and
+nothing of the cut.
 """
 
 import itertools

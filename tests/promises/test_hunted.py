@@ -310,3 +310,29 @@ def test_a_reentrant_checkpoint_without_a_gradient_makes_none(gradient: bool) ->
         masks = check_step(original, compiled, (x,), dtype=torch.float64, input_grad=gradient, left_alone=("d",))
     assert bool(masks) == gradient
     assert gradient or "reentrant checkpoint" in compiled._dropfx.capture.left[""]
+
+
+def test_a_write_reads_rows_that_it_has_written() -> None:
+    """What it finds there, PyTorch decides by the order of its writes (fuzzed: seed 0, index 1859)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = x * 1.0
+        h.add_(h[:1].expand_as(h), alpha=0.5)
+        return m.b(m.d(F.elu(m.a(h))))
+
+    original, compiled = pair(forward)
+    check_step(original, compiled, (torch.randn(8, 32, dtype=torch.float64),), dtype=torch.float64)
+
+
+def test_tiles_behind_a_dropout_under_no_grad() -> None:
+    """Nothing flows back through it, though the Linear behind it has a gradient (fuzzed: seed 0, index 1623)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        with torch.no_grad():
+            dropped = m.d(h)
+        return m.b(dropped) + m.c(h)
+
+    original = Net(forward).double()
+    options = {"pattern": "tile", "min_speedup": 0}
+    dropfx.testing.assert_equivalent(original, torch.randn(8, 32, dtype=torch.float64), options=options)

@@ -1,4 +1,4 @@
-"""Other people's models through both front ends: promises 1, 2 and 6 of the design, and which sites are rewritten."""
+"""Other people's models through both front ends: promises 1, 2 and 6 of docs/design.md, and what are rewritten."""
 
 from __future__ import annotations
 
