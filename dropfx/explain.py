@@ -87,7 +87,8 @@ class Report:
             )
         lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
         lines += [
-            f"{path or 'the model'} runs as written, or a part of it: {reason}" for path, reason in self.opaque.items()
+            f"{f'module {path!r}' if path else 'the model'} runs as written, or a part of it: {reason}"
+            for path, reason in self.opaque.items()
         ]
         return out.getvalue() + "\n".join(lines)
 

@@ -67,7 +67,9 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
         return reason
     if context.options.pattern.drops_weights:
         if drops_recurrent_weight(node):
-            return "it drops the weight of a recurrence, of which patterns of units skip columns, and tiles nothing"
+            return (
+                "it drops the recurrent weight W_hh, which pattern='tile' does not serve: 'block', 'slice' and 'row' do"
+            )
         return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
     if isinstance(source, fx.Node) and is_parameter(source) and not drops_recurrent_weight(node):
         return "it drops a weight, which patterns of units do not serve: pattern='tile' does"

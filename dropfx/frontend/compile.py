@@ -42,9 +42,10 @@ def compile(
         pattern: "block", "slice", "row", "tile", or a pattern of `dropfx.patterns`. "tile" drops tiles of the weights
             behind a dropout (structured DropConnect) in place of units, and of weights that the model itself drops.
         block: units in a block, or "auto".
-        groups: draws a batch, one for each of so many contiguous chunks of the leading axis; 1 shares one draw.
+        groups: draws a batch. 1: all samples share one draw. G: the batch is cut along its first axis into G equal
+            chunks, and each has its own draw. "time": each step of a recurrent network has its own draw.
         lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
-            in Triton's interpreter; "auto" takes what is known to be faster, today "aten".
+            in Triton's interpreter; "auto" measures both on a GPU, once for each shape, and is "aten" elsewhere.
         min_speedup: predicted speed-up from which a site is rewritten; 0 rewrites all that can be.
         example_inputs: inputs of a training call, to capture at once; else the first training call does.
         example_kwargs: keyword inputs of that call.

@@ -288,7 +288,7 @@ def _named(region: Region, node: fx.Node) -> str:
     if name == "linear":
         return "a Linear along another axis"
     if rule is not None and rule.moves_rows:
-        return f"{name} across the {'units' if region.leading is None else 'groups or the units'}"
+        return f"{name}, which cuts or moves the {'units' if region.leading is None else 'groups or the units'}"
     return name or str(getattr(node.target, "__name__", node.target))
 
 

@@ -69,7 +69,9 @@ class Ends(nn.Module):
         return self.norm(y) + y.sigmoid() if self.op == "norm" else y.chunk(2, -1)[0]
 
 
-@pytest.mark.parametrize(("op", "words"), [("norm", "layer_norm, sigmoid"), ("chunk", "chunk across the units")])
+@pytest.mark.parametrize(
+    ("op", "words"), [("norm", "layer_norm, sigmoid"), ("chunk", "chunk, which cuts or moves the units")]
+)
 def test_reason_names_what_is_next_to_the_site(op: str, words: str) -> None:
     report = dropfx.explain(Ends(op), torch.randn(2, 3, 64), options={"min_speedup": 0})
     assert report.sites[0].reason.endswith(f"(before it: conv1d; behind it: {words})")
