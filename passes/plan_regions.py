@@ -86,7 +86,7 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
 
 def _no_gain(region: Region) -> str:
     if any(map(is_product, region.nodes)):
-        return "moving its kept units would cost more time than the smaller products save"
+        return "moving its kept units costs more than it saves"
     return "no Linear or Embedding next to it could skip work" + ends(region)
 
 
