@@ -63,16 +63,19 @@ def _fixed(value: Any) -> Any:
     return 0.5 if isinstance(value, torch.SymFloat) else value
 
 
-WHOLE = {
-    function: _whole(function) for function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, *RECURRENT_FUNCTIONS)
-}
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.scaled_dot_product_attention)
+WHOLE = {function: _whole(function) for function in (*_DROPOUTS, *RECURRENT_FUNCTIONS)}
 """Function -> the one that stands for it in Dynamo's graph."""
 FUNCTIONS = {whole: function for function, whole in WHOLE.items()}
 
 
 def _copy(function: Any) -> Callable[..., Any]:
-    """The same function as another object, which Dynamo has no rule for and follows."""
-    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    """The same function as another object, which Dynamo has no rule for and follows.
+
+    Called by a function mode it runs outside of that, so that it is given the functions of WHOLE by their names.
+    """
+    whole = {made.__name__: WHOLE[made] for made in _DROPOUTS}
+    return FunctionType(function.__code__, {**function.__globals__, **whole}, function.__name__, function.__defaults__)
 
 
 _attention = _copy(F.multi_head_attention_forward)  # Dynamo keeps it as one call, with the Linears inside

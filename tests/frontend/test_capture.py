@@ -474,3 +474,26 @@ def test_an_index_by_a_mask_ends_no_graph() -> None:
     reasons = {site.name: site.reason for site in dropfx.explain(model, *given, options=ALL).sites}
     assert reasons["1"] == ""
     assert "known only when it runs" in reasons["3"]
+
+
+class Attends(nn.Module):
+    """Attention with weights, which drops by F.dropout, or without, by scaled_dot_product_attention."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.attention, self.weights = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True), weights
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.attention(x, x, x, need_weights=self.weights)[0]))
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_schedule_of_attention_s_dropout_takes_two_graphs(weights: bool) -> None:
+    model, compiled = pair(Attends(weights))
+    x = torch.randn(3, 5, 64, dtype=torch.float64)
+    for step in range(12):
+        model.attention.dropout = compiled.attention.dropout = 0.1 + step / 20
+        masks = check_step(model, compiled, (x,), dtype=torch.float64, seed=step, left_alone=("attention:dropout_1",))
+        assert set(masks) == {"drop"}
+    assert len(compiled._dropfx.capture.graphs) == 2
