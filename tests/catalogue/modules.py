@@ -102,7 +102,7 @@ class VGGLike(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-@case("dropout2d_flatten", images(3, 4, 4), optional=("2",))
+@case("dropout2d_flatten", images(3, 4, 4), rewritten=("2",))
 def dropout2d_flatten() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(1024, 16))
 
@@ -112,7 +112,7 @@ def dropout2d_conv() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 64, 1), nn.Dropout2d(0.5), nn.Conv2d(64, 8, 3), nn.Flatten(), nn.Linear(32, 4))
 
 
-@case("dropout1d_flatten", vectors(5, 64), optional=("0",))
+@case("dropout1d_flatten", vectors(5, 64), rewritten=("0",))
 def dropout1d_flatten() -> nn.Module:
     return nn.Sequential(nn.Dropout1d(0.5), nn.Flatten(), nn.Linear(320, 16))
 

@@ -34,8 +34,13 @@ def reshape_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     value = value_of(first)
     if not isinstance(first, fx.Node) or value is None or out is None or _squeezes_any(node):
         return None
-    found = reshape_axis(out.shape, value.shape, axis)
-    return None if found is None else {first: found}
+    if (found := reshape_axis(out.shape, value.shape, axis)) is not None:
+        return {first: found}
+    for dim in range(-value.dim(), 0):  # one that it merges with axes behind it
+        merged = reshape_axis(value.shape, out.shape, UnitAxis(dim))
+        if merged is not None and merged.dim == axis.dim and axis.factor % merged.factor == 0:
+            return {first: UnitAxis(dim, axis.factor // merged.factor)}
+    return None
 
 
 def _squeezes_any(node: fx.Node) -> bool:
