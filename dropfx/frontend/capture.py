@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import logging
 import re
 import types
 import warnings
@@ -19,19 +18,18 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
-from torch._dynamo import config, eval_frame, optimize
-from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo import eval_frame, optimize
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.types import ConvertFrameReturn
-from torch._dynamo.utils import graph_break_reasons
 
 from dropfx.frontend.captured_graph import CapturedGraph
 from dropfx.frontend.checkpoints import without_gradients
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.dynamo_graph import results_of
+from dropfx.frontend.dynamo_settings import capturing
 from dropfx.frontend.packed_sequence import packed_layers, run_packed, takes_packed
 from dropfx.frontend.whole_calls import whole_calls
 from dropfx.options import Options
@@ -41,34 +39,6 @@ RECOMPILE_LIMIT = 32
 
 _FIRST_RETRY, _RETRY_FACTOR = 4, 8
 """Calls until a forward that was not captured as a whole is tried again, and by what the next try is later."""
-
-_CONFIG: dict[str, Any] = {
-    "allow_rnn": True,  # else nn.LSTM is no part of a graph
-    "allow_unspec_int_on_nn_module": True,  # a counter of the forward is an input from its first change on
-    "skip_nnmodule_hook_guards": False,  # hooks that are added or removed later are heard
-    "optimize_ddp": False,  # backward is autograd's own, and overlaps as it does uncompiled
-    "capture_dynamic_output_shape_ops": True,  # an index by a mask ends no graph
-    "assume_static_by_default": True,
-    "automatic_dynamic_shapes": True,
-    "specialize_float": False,
-    "suppress_errors": False,
-    "fail_on_recompile_limit_hit": False,
-    "recompile_limit": 2**20,  # ours is counted here
-    "accumulated_recompile_limit": 2**20,
-}
-"""Of Dynamo, while it captures for us."""
-
-_IGNORED = {warnings.simplefilter, warnings.filterwarnings}
-"""What would end a graph, and changes nothing that a graph computes."""
-
-
-def _logged_once() -> set[Any]:
-    """Methods that a package gave all loggers to log what was not logged yet: a message is no reason to end a graph."""
-    return {method for method in vars(logging.Logger).values() if hasattr(method, "cache_info")}
-
-
-_SAID_BY_EXPLAIN = ("Dynamo does not know how to trace", "The .grad attribute")
-"""Warnings of Dynamo's while it captures: why it ends a graph, and of its own look at an input's gradient."""
 
 _numbers = itertools.count(1)
 _ISOLATED: dict[str, Any] = (
@@ -239,14 +209,9 @@ class _Frames:
 
     def _convert(self, frame: Any, entry: Any, state: Any) -> tuple[ConvertFrameReturn, list[str]]:
         """What Dynamo makes of a function, and why its graphs end."""
-        ignored = config.ignore_logging_functions | _IGNORED | _logged_once()
-        # the lock is Dynamo's own: filters of warnings and the list of reasons are the process'
-        with compile_lock, config.patch(**_CONFIG, ignore_logging_functions=ignored), warnings.catch_warnings():
-            for message in _SAID_BY_EXPLAIN:
-                warnings.filterwarnings("ignore", message)
-            breaks = len(graph_break_reasons)
+        with capturing() as reasons:
             made: ConvertFrameReturn = self._torchdynamo_orig_backend(frame, entry, state)
-            return made, [one_line(reason.reason) for reason in graph_break_reasons[breaks:]]
+        return made, [one_line(reason) for reason in reasons]
 
     def _fail(self, capture: Capture, frame: Any, reason: str) -> None:
         self.failed.add(frame.f_code)

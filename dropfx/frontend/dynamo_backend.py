@@ -7,22 +7,18 @@ inputs of what goes on to Inductor, so that no partitioner can redraw, merge or 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch._dynamo.config
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
 from dropfx.errors import InvalidOption
 from dropfx.frontend.captured_graph import CapturedGraph
+from dropfx.frontend.dynamo_settings import allow_recurrent
 from dropfx.options import NAMES, Options, make_options
 
-if os.environ.get("DROPFX_ALLOW_RNN") != "0":
-    # by default Dynamo leaves nn.LSTM out of its graphs, and says nothing; loading the entry point is early enough
-    torch._dynamo.config.allow_rnn = True
+allow_recurrent()  # loading the entry point is early enough
 
 INNER = ("inductor", "aot_eager", "eager")
 BACKEND_NAMES = (*NAMES, "inner", "inner_options")

@@ -52,7 +52,7 @@ def every(names: Sequence[str], step: int) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*no dropout")
-@pytest.mark.parametrize(("place", "name"), list(enumerate(CASES)))
+@pytest.mark.parametrize(("place", "name"), list(enumerate(CASES)), ids=list(CASES))
 def test_catalogue(place: int, name: str) -> None:
     """In every fourth the batch size changes: Dynamo captures again, but what a pass decides does not depend on it."""
     batches = CASES[name].batches

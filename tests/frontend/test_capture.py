@@ -18,6 +18,7 @@ from torch.utils import checkpoint as checkpointing
 
 import dropfx
 from dropfx.frontend import capture
+from dropfx.frontend.dynamo_settings import CAPTURING, capturing
 from dropfx.patterns import Block, Pattern, Slice
 from tests.catalogue.case import check_step, mlp, recording
 
@@ -313,9 +314,25 @@ def test_no_warning_where_the_forward_is_called() -> None:
 # -- the process around it -----------------------------------------------------------------------------------------
 
 
+def settings() -> dict[str, Any]:
+    return {name: getattr(torch._dynamo.config, name) for name in CAPTURING}
+
+
+def test_settings_are_the_user_s_again_behind_a_capture_that_fails() -> None:
+    def fail() -> None:
+        with capturing():
+            assert settings() == CAPTURING
+            raise ValueError("mine")
+
+    before = settings(), warnings.filters[:]
+    with pytest.raises(ValueError, match="mine"):
+        fail()
+    assert (settings(), warnings.filters[:]) == before
+
+
 def test_threads_that_train_at_once() -> None:
     """Four models in four threads, each exact given its own draws, and nothing of PyTorch's is left patched."""
-    before = torch.zeros, torch.autograd.Function.apply, nn.LSTM.forward, isinstance
+    before = torch.zeros, torch.autograd.Function.apply, nn.LSTM.forward, isinstance, settings(), warnings.filters[:]
     errors: list[BaseException] = []
 
     def train(seed: int) -> None:
@@ -334,7 +351,8 @@ def test_threads_that_train_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    assert (torch.zeros, torch.autograd.Function.apply, nn.LSTM.forward, isinstance) == before
+    now = torch.zeros, torch.autograd.Function.apply, nn.LSTM.forward, isinstance, settings(), warnings.filters[:]
+    assert now == before
 
 
 def test_shallow_copy_has_graphs_of_its_own() -> None:
