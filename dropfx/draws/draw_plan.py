@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dropfx.draws.runtime import shared
-from dropfx.patterns import Block, Fit, Kept, KeptTiles, Pattern, Slice, padded_scale, unwrapped
+from dropfx.patterns import Block, Draw, Fit, Pattern, Slice, TileDraw, padded_scale
 
 if TYPE_CHECKING:
     from dropfx.kernels.draw import DrawLaunch
@@ -68,70 +68,13 @@ def data_parallel_rank() -> int:
     return 0
 
 
-class Draw(NamedTuple):
-    """One site's outcome for a pattern of units: what the graph receives.
-
-    Attributes:
-        starts, run, scale: as in `patterns.Kept`.
-        fit: the pattern fitted to the site's axis.
-    """
-
-    starts: Tensor
-    run: int
-    scale: float | Tensor
-    fit: Fit
-
-    @property
-    def width(self) -> int:
-        """Compact width of this draw, padding included."""
-        return self.starts.size(-1) * self.run
-
-    def by_unit(self) -> Draw:
-        """The same with runs of one unit, so that the run's length does not vary by draw."""
-        return self if self.run == 1 else self._replace(starts=unwrapped(self.starts, self.run), run=1)
-
-    def units(self) -> Tensor:
-        """Kept units, int64 [(groups,) width], padding wrapped to the axis' beginning."""
-        return unwrapped(self.starts, self.run) % self.fit.units
-
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """Dense multiplier [(groups,) units]: 0 where dropped, the scale where kept."""
-        units = self.units()
-        scale = torch.as_tensor(self.scale, dtype=dtype, device=units.device).expand_as(units)
-        mask = torch.zeros(*units.shape[:-1], self.fit.units, dtype=dtype, device=units.device)
-        return mask.scatter_add_(-1, units, scale)
-
-
-class TileDraw(NamedTuple):
-    """One site's outcome for tiles of a weight, as in `patterns.KeptTiles`."""
-
-    lattice: Tensor
-    scale: float
-
-    @property
-    def period(self) -> int:
-        """One of this many tiles along a row or column of tiles is kept."""
-        return int(self.lattice[0])
-
-    @property
-    def bias(self) -> int:
-        """Sum of row and column, modulo the period, of the tiles that are kept."""
-        return int(self.lattice[1])
-
-    def mask(self, rows: int, columns: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Dense multiplier [rows, columns] of a weight cut in tiles of `shape`."""
-        place = (torch.arange(rows) // shape[0])[:, None] + torch.arange(columns) // shape[1]
-        kept: Tensor = (place - self.bias) % self.period == 0
-        return kept.to(dtype) * self.scale
-
-
 @dataclass
 class DrawPlan:
     """Draws all sites of a specialisation together, sites of one shape in one batch.
 
     Args:
         names: site names.
-        realisations: the fitted pattern of each site.
+        fits: the fitted pattern of each site.
         pattern: the pattern.
         device: where the draws live.
         by_kernel: draw by one launch of `kernels.draw`, where it serves the pattern; the draws are the same.
@@ -192,18 +135,16 @@ class DrawPlan:
             number = _mix(number + rank_step)
         draws: list[Any] = [None] * len(self.names)
         for shape, sites, counters in self._batches:
-            for index, kept in zip(sites, self.pattern.choose(_mix(counters + number), shape), strict=True):
-                draws[index] = self._placed(kept, shape)
+            for index, draw in zip(sites, self.pattern.choose(_mix(counters + number), shape), strict=True):
+                draws[index] = self._placed(draw)
         return draws
 
-    def _placed(self, kept: Kept | KeptTiles, shape: Fit) -> Draw | TileDraw:
-        if isinstance(kept, KeptTiles):
-            return TileDraw(*kept)
-        if self._source == self.device:
-            return Draw(*kept, shape)
-        starts, run, scale = kept
+    def _placed(self, draw: Draw | TileDraw) -> Draw | TileDraw:
+        if isinstance(draw, TileDraw) or self._source == self.device:
+            return draw
+        scale = draw.scale
         scale = scale.to(self.device, non_blocking=True) if isinstance(scale, Tensor) else scale
-        return Draw(starts.to(self.device, non_blocking=True), run, scale, shape)
+        return draw._replace(starts=draw.starts.to(self.device, non_blocking=True), scale=scale)
 
 
 def _of_starts(starts: Tensor, fit: Fit) -> Draw:

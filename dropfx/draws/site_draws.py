@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dropfx.draws.draw_plan import Draw, DrawPlan, TileDraw
+from dropfx.draws.draw_plan import DrawPlan
 from dropfx.draws.runtime import Frame
 from dropfx.graph.pass_infra import Context, Site
 from dropfx.ops.groups import by_row
 from dropfx.ops.triton_available import why_no_kernels
-from dropfx.patterns import Fit, Tile
+from dropfx.patterns import Draw, Fit, Tile, TileDraw
 
 
 class SiteDraws:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropfx.patterns import Block, Fit, Kept, Pattern, Row, Slice, Tile
+from dropfx.patterns import Block, Draw, Fit, Pattern, Row, Slice, Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ class Bernoulli(Pattern):
         """See `Pattern.fit`: meets every rate; no unit is left out of the compact width."""
         return Fit(units, run=1, count=units, numbers=units * groups, drawn_rate=rate, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         """See `Pattern.choose`: starts are all units, and the scale of those that are dropped is 0."""
         points = (hashes >> 10 & 2**53 - 1).to(torch.float64) / 2**53
         shape = (fit.groups, fit.units) if fit.groups > 1 else (fit.units,)
         scales = (points >= fit.drawn_rate).to(torch.float64) * fit.scale
         starts = torch.arange(fit.units).expand(shape)
-        return [Kept(starts, 1, scale.view(shape)) for scale in scales]
+        return [Draw(starts, 1, scale.view(shape), fit) for scale in scales]
 
 
 def grid(pattern: Tile, units: int) -> tuple[int, int]:

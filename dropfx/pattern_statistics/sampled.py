@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropfx.draws.draw_plan import DrawPlan, TileDraw, site_key
+from dropfx.draws.draw_plan import DrawPlan, site_key
 from dropfx.pattern_statistics.exact import Figures, mean_pair, place_weights, worst
-from dropfx.patterns import Fit, Pattern
+from dropfx.patterns import Fit, Pattern, TileDraw
 
 _AT_ONCE = 2**19
 """Multipliers held at once."""

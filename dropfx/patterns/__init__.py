@@ -2,11 +2,11 @@
 
 from dropfx.patterns.base import (
     MAX_RATE_ERROR,
+    Draw,
     Fit,
-    Kept,
-    KeptTiles,
     Pattern,
     PatternRefused,
+    TileDraw,
     padded_scale,
     unwrapped,
 )
@@ -26,8 +26,8 @@ __all__ = [
     "BY_NAME",
     "MAX_RATE_ERROR",
     "Block",
-    "Kept",
-    "KeptTiles",
+    "Draw",
+    "TileDraw",
     "Pattern",
     "PatternRefused",
     "Fit",

@@ -63,21 +63,43 @@ class Fit:
         return 1.0 / self.keep
 
 
-class Kept(NamedTuple):
-    """What one draw keeps of an axis.
+class Draw(NamedTuple):
+    """What one draw keeps of an axis, and what the graph receives.
 
     Attributes:
-        starts: int64 [count], first unit of each kept run; [groups, count] where a batch has several draws.
+        starts: int64 [count], first unit of each kept run, ascending; [groups, count] where a batch has several draws.
         run: units in a run; positions are taken modulo the number of units.
         scale: multiplier of the kept units: a float, or [(groups,) width] with zeros at padding.
+        fit: the pattern fitted to the axis.
     """
 
     starts: Tensor
     run: int
     scale: float | Tensor
+    fit: Fit
+
+    @property
+    def width(self) -> int:
+        """Compact width of this draw, padding included."""
+        return self.starts.size(-1) * self.run
+
+    def by_unit(self) -> Draw:
+        """The same with runs of one unit, so that the run's length does not vary by draw."""
+        return self if self.run == 1 else self._replace(starts=unwrapped(self.starts, self.run), run=1)
+
+    def units(self) -> Tensor:
+        """Kept units, int64 [(groups,) width], padding wrapped to the axis' beginning."""
+        return unwrapped(self.starts, self.run) % self.fit.units
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Dense multiplier [(groups,) units]: 0 where dropped, the scale where kept."""
+        units = self.units()
+        scale = torch.as_tensor(self.scale, dtype=dtype, device=units.device).expand_as(units)
+        mask = torch.zeros(*units.shape[:-1], self.fit.units, dtype=dtype, device=units.device)
+        return mask.scatter_add_(-1, units, scale)
 
 
-class KeptTiles(NamedTuple):
+class TileDraw(NamedTuple):
     """What one draw keeps of a tiled weight: the tiles (r, c) with (r + c - bias) mod period = 0, times scale.
 
     Attributes:
@@ -86,6 +108,22 @@ class KeptTiles(NamedTuple):
 
     lattice: Tensor
     scale: float
+
+    @property
+    def period(self) -> int:
+        """One of this many tiles along a row or column of tiles is kept."""
+        return int(self.lattice[0])
+
+    @property
+    def bias(self) -> int:
+        """Sum of row and column, modulo the period, of the tiles that are kept."""
+        return int(self.lattice[1])
+
+    def mask(self, rows: int, columns: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Dense multiplier [rows, columns] of a weight cut in tiles of `shape`."""
+        place = (torch.arange(rows) // shape[0])[:, None] + torch.arange(columns) // shape[1]
+        kept: Tensor = (place - self.bias) % self.period == 0
+        return kept.to(dtype) * self.scale
 
 
 class Pattern(ABC):
@@ -113,7 +151,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def choose(self, hashes: Tensor, fit: Fit) -> Sequence[Any]:
-        """Draw for each row of int64 `hashes` [sites, numbers]: a `Kept` (starts ascending) or a `KeptTiles`."""
+        """Draw for each row of int64 `hashes` [sites, numbers]: a `Draw` or a `TileDraw`."""
 
 
 def nearest_count(places: int, rate: float) -> int:

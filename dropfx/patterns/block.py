@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import InvalidOption
-from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, Pattern, PatternRefused, nearest_count, padded_scale
+from dropfx.patterns.base import MAX_RATE_ERROR, Draw, Fit, Pattern, PatternRefused, nearest_count, padded_scale
 
 MIN_BLOCKS = 32
 """Blocks on an axis below which an automatic size is made smaller: fewer give too few sub-models."""
@@ -58,7 +58,7 @@ class Block(Pattern):
             f"{units} units meet rate {rate:g} no nearer than {nearest:.3g}, allowed is {MAX_RATE_ERROR}"
         )
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         """See `Pattern.choose`: the blocks with the largest hashes; groups are dealt theirs from shuffled decks."""
         if fit.groups == 1:
             chosen = hashes.topk(fit.count, dim=1, sorted=False).indices
@@ -69,9 +69,9 @@ class Block(Pattern):
         if fit.run > 1:
             starts *= fit.run
         if not fit.ragged:
-            return [Kept(row, fit.run, fit.scale) for row in starts.unbind(0)]
+            return [Draw(row, fit.run, fit.scale, fit) for row in starts.unbind(0)]
         scales = padded_scale(starts, fit.run, fit.units, fit.scale)
-        return [Kept(row, fit.run, scale) for row, scale in zip(starts.unbind(0), scales.unbind(0), strict=True)]
+        return [Draw(row, fit.run, scale, fit) for row, scale in zip(starts.unbind(0), scales.unbind(0), strict=True)]
 
 
 def _blocks(fit: Fit) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import InvalidOption
-from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, KeptTiles, Pattern, PatternRefused
+from dropfx.patterns.base import MAX_RATE_ERROR, Draw, Fit, Pattern, PatternRefused, TileDraw
 from dropfx.patterns.search import default_max_period, search
 
 _SCALES = ("global", "period")
@@ -50,23 +50,23 @@ class Row(Pattern):
             raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
         return _fit(units, rate, self.max_period, groups, ragged=groups > 1 or self.scale == "period")
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         """See `Pattern.choose`: as many starts as the drawn period leaves, each of a single unit."""
         return [self._one(hashes, *lattice, fit) for lattice in _lattices(hashes, fit)]
 
-    def _one(self, hashes: Tensor, period: int, bias: int, fit: Fit) -> Kept:
+    def _one(self, hashes: Tensor, period: int, bias: int, fit: Fit) -> Draw:
         scale = fit.scale if self.scale == "global" else float(period)
         if fit.groups == 1:
             units = torch.arange(bias, fit.units, period)
             by_unit = torch.full(units.shape, scale, dtype=torch.float64) if fit.ragged else scale
             if period == 1:  # one run of all units: nothing is copied
-                return Kept(hashes.new_zeros(1), fit.units, by_unit)
-            return Kept(units, 1, by_unit)
+                return Draw(hashes.new_zeros(1), fit.units, by_unit, fit)
+            return Draw(units, 1, by_unit, fit)
         biases = (bias + torch.arange(fit.groups))[:, None] % period
         units = biases + torch.arange(0, fit.units, period)
         beyond = units >= fit.units
         # a group with one unit less is padded by a unit that it drops, with scale 0
-        return Kept(torch.where(beyond, biases + 1, units), 1, (~beyond).to(torch.float64) * scale)
+        return Draw(torch.where(beyond, biases + 1, units), 1, (~beyond).to(torch.float64) * scale, fit)
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Tile(Pattern):
             raise PatternRefused(f"a weight of a single {self.shape[0]}x{self.shape[1]} tile cannot be dropped in part")
         return _fit(units, rate, self.max_period, groups, ragged=False)
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[KeptTiles]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[TileDraw]:
         """See `Pattern.choose`: a period and a bias for each site."""
-        return [KeptTiles(torch.tensor(lattice), fit.scale) for lattice in _lattices(hashes, fit)]
+        return [TileDraw(torch.tensor(lattice), fit.scale) for lattice in _lattices(hashes, fit)]
 
 
 def _check_period(max_period: int | None) -> None:

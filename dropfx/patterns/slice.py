@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropfx.patterns.base import MAX_RATE_ERROR, Fit, Kept, Pattern, PatternRefused, nearest_count
+from dropfx.patterns.base import MAX_RATE_ERROR, Draw, Fit, Pattern, PatternRefused, nearest_count
 
 _NON_NEGATIVE = 2**63 - 1
 
@@ -32,7 +32,7 @@ class Slice(Pattern):
             raise PatternRefused(f"no window over {units} units meets rate {rate:g} to within {MAX_RATE_ERROR}")
         return Fit(units=units, run=kept, count=1, numbers=1, drawn_rate=drawn, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         """See `Pattern.choose`: one start for each site, uniform over the units; groups have theirs evenly spaced."""
         starts = hashes & _NON_NEGATIVE
         if fit.groups > 1:
@@ -40,4 +40,4 @@ class Slice(Pattern):
             starts = (starts % fit.units + torch.arange(fit.groups, device=hashes.device) * fit.units // fit.groups)[
                 ..., None
             ]
-        return [Kept(row, fit.run, fit.scale) for row in (starts % fit.units).unbind(0)]
+        return [Draw(row, fit.run, fit.scale, fit) for row in (starts % fit.units).unbind(0)]

@@ -7,9 +7,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropfx import ops
-from dropfx.draws.draw_plan import Draw, DrawPlan, draw_number
+from dropfx.draws.draw_plan import DrawPlan, draw_number
 from dropfx.errors import DoubleBackwardError
-from dropfx.patterns import Block, Pattern, Slice
+from dropfx.patterns import Block, Draw, Pattern, Slice
 
 PATTERNS = [Block(4), Block(8), Block(5), Block(1), Slice()]
 """Whole blocks too short and long enough to copy as rows, ragged blocks, single units, a window."""

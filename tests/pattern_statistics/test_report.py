@@ -11,11 +11,11 @@ from torch import Tensor
 
 import dropfx
 from dropfx.cli import main
-from dropfx.draws.draw_plan import DrawPlan, TileDraw
+from dropfx.draws.draw_plan import DrawPlan
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.pattern_statistics.exact import Bernoulli, exact, grid, place_weights
 from dropfx.pattern_statistics.sampled import masks, sample
-from dropfx.patterns import Block, Fit, Kept, Pattern, Row, Slice, Tile
+from dropfx.patterns import Block, Draw, Fit, Pattern, Row, Slice, Tile, TileDraw
 from tests.draws.statistics_of_draws import assert_binomial, smallest_bias
 
 FAMILIES: list[tuple[Pattern, int, float]] = [
@@ -223,8 +223,8 @@ class Pairs(Pattern):
     def fit(self, units: int, rate: float, groups: int = 1) -> Fit:
         return Fit(units, run=1, count=units // 2, numbers=units // 2, drawn_rate=0.5, groups=groups)
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
-        return [Kept(row, 1, fit.scale) for row in torch.arange(0, fit.units, 2) + (hashes >> 40) % 2]
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
+        return [Draw(row, 1, fit.scale, fit) for row in torch.arange(0, fit.units, 2) + (hashes >> 40) % 2]
 
 
 def test_pattern_without_closed_forms_is_sampled() -> None:
@@ -310,21 +310,21 @@ def test_draws_of_tiles_agree_with_their_diagonals() -> None:
 class LateSlice(Slice):
     """Never begins at the last units."""
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         return super().choose(hashes % (fit.units * 15 // 16), fit)
 
 
 class LazyRow(Row):
     """Uses the upper half of its numbers' range only: no period is 1."""
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         return super().choose((hashes >> 1) + 2**62, fit)
 
 
 class StickyBlock(Block):
     """Keeps block 0 a little more often than the others."""
 
-    def choose(self, hashes: Tensor, fit: Fit) -> list[Kept]:
+    def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         hashes = hashes.clone()
         hashes[:, 0] += (2**63 - 1 - hashes[:, 0]) // 8
         return super().choose(hashes, fit)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dropfx.draws.draw_plan import Draw, DrawPlan
+from dropfx.draws.draw_plan import DrawPlan
 from dropfx.errors import InvalidOption
-from dropfx.patterns import Block, PatternRefused
+from dropfx.patterns import Block, Draw, PatternRefused
 from tests.draws.statistics_of_draws import assert_binomial
 
 UNITS = [32, 62, 64, 96, 100, 250, 768, 1000, 4096, 10240]

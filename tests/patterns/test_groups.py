@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropfx.draws.draw_plan import Draw, DrawPlan
-from dropfx.patterns import Block, Pattern, Row, Slice
+from dropfx.draws.draw_plan import DrawPlan
+from dropfx.patterns import Block, Draw, Pattern, Row, Slice
 from tests.draws.statistics_of_draws import assert_binomial, assert_uniform, smallest_bias
 
 CASES = [

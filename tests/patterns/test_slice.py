@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dropfx.draws.draw_plan import Draw, DrawPlan
-from dropfx.patterns import PatternRefused, Slice
+from dropfx.draws.draw_plan import DrawPlan
+from dropfx.patterns import Draw, PatternRefused, Slice
 from tests.draws.statistics_of_draws import assert_binomial, assert_uniform
 
 RATES = [0.05, 0.3, 0.5, 0.7, 0.95]
