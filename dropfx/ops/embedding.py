@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import define, eager, first_derivative_only, whole
-from dropfx.ops.groups import KeptAxis, pieces
-from dropfx.ops.runs import Runs, gather, scatter
+from dropfx.ops.groups import pieces
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import gather, scatter
 
 
 def _embedding(ids: Tensor, weight: Tensor, cols: Tensor, run: int, padding_idx: int, leading: int = 0) -> Tensor:
     flat = ids.reshape(-1)
-    parts = pieces(len(flat), KeptAxis(cols, run, leading))
-    found = [_look_up(flat[p.low : p.high], weight, p.runs[0]) for p in parts]
+    parts = pieces(len(flat), Kept(cols, run, leading))
+    found = [_look_up(flat[p.low : p.high], weight, p.kept[0]) for p in parts]
     out = found[0] if len(found) == 1 else torch.cat(found)
     return whole(out.view(*ids.shape, out.size(1)))
 
 
-def _look_up(ids: Tensor, weight: Tensor, kept: Runs | None) -> Tensor:
+def _look_up(ids: Tensor, weight: Tensor, kept: Kept | None) -> Tensor:
     assert kept is not None
     if not kept.tile(weight.size(1)) or not weight.is_contiguous():
         return gather(weight.index_select(0, ids), 1, kept).contiguous()
@@ -37,16 +38,16 @@ def _embedding_backward(
     flat, where = grad.reshape(-1, grad.size(-1)), ids.reshape(-1)
     if padding_idx >= 0:
         flat = flat * (where != padding_idx)[:, None]
-    parts = pieces(len(flat), KeptAxis(cols, run, leading))
+    parts = pieces(len(flat), Kept(cols, run, leading))
     total: Tensor | None = None
     for part in parts:
-        here = _spread(flat[part.low : part.high], where[part.low : part.high], part.runs[0], rows, units)
+        here = _spread(flat[part.low : part.high], where[part.low : part.high], part.kept[0], rows, units)
         total = here if total is None else total + here
     assert total is not None
     return total
 
 
-def _spread(grad: Tensor, ids: Tensor, kept: Runs | None, rows: int, units: int) -> Tensor:
+def _spread(grad: Tensor, ids: Tensor, kept: Kept | None, rows: int, units: int) -> Tensor:
     assert kept is not None
     if not kept.tile(units):
         compact = grad.new_zeros(rows, kept.width).index_add_(0, ids, grad)

@@ -16,8 +16,9 @@ from torch import Tensor
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import INSTEAD, whole
 from dropfx.ops.gathered_weight import gathered_weight_op, worth_gathering_again
+from dropfx.ops.kept import Kept
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import Runs, gather, runs, stored_transposed
+from dropfx.ops.runs import gather, stored_transposed
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -39,7 +40,7 @@ class _GatheredLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight if ctx.again else compact, rows, cols)
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
         ctx.flipped = stored_transposed(weight)
-        kept = runs(rows, row_run)
+        kept = Kept.of(rows, row_run)
         return whole(scaled_linear(x, compact, bias if bias is None or kept is None else gather(bias, 0, kept), scale))
 
     @staticmethod
@@ -53,7 +54,7 @@ class _GatheredLinear(torch.autograd.Function):
             raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
         x, kept, row_starts, col_starts = ctx.saved_tensors
         at = row_starts, ctx.runs[0], col_starts, ctx.runs[1]
-        rows, cols = runs(*at[:2]), runs(*at[2:])
+        rows, cols = Kept.of(*at[:2]), Kept.of(*at[2:])
         wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.size(-1))
         dx = dw = db = None
@@ -71,7 +72,7 @@ class _GatheredLinear(torch.autograd.Function):
         return dx, dw, None, db, *[None] * 5
 
 
-def _spread(y: Tensor, *axes: tuple[Runs | None, int]) -> Tensor:
+def _spread(y: Tensor, *axes: tuple[Kept | None, int]) -> Tensor:
     """`put` along all axes, each with its units, as code in which each place reads its own value or is zero.
 
     No zeros are written to be overwritten. Runs stay apart until the end: a compiler copies whole ones.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import define
-from dropfx.ops.runs import GatheredWeight, runs, stored_transposed
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import GatheredWeight, stored_transposed
 
 _GATHER_AGAIN = 512
 """Rows of x from which on a large kept weight is gathered again for the input gradient rather than held until then.
@@ -39,7 +40,7 @@ def _gathered_weight(
     col_run: int,
     after: Tensor | None = None,
 ) -> Tensor:
-    out = GatheredWeight(weight, runs(rows, row_run), runs(cols, col_run)).gather(weight)
+    out = GatheredWeight(weight, Kept.of(rows, row_run), Kept.of(cols, col_run)).gather(weight)
     # a window: a registered op may not return a view of its input
     if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
         return _gathered_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)

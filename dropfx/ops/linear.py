@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
 from dropfx.ops.gathered_weight import worth_gathering_again
-from dropfx.ops.groups import KeptAxis, pieces
+from dropfx.ops.groups import pieces
+from dropfx.ops.kept import Kept
 from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
-from dropfx.ops.runs import GatheredWeight, gather, runs, scatter, stored_transposed
+from dropfx.ops.runs import GatheredWeight, gather, scatter, stored_transposed
 
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
@@ -102,10 +103,10 @@ class _Part(NamedTuple):
     kept: GatheredWeight
 
 
-def _parts(x: Tensor, weight: Tensor, rows: KeptAxis, cols: KeptAxis) -> list[_Part]:
-    if not rows.grouped and not cols.grouped:
-        return [_Part(0, _rows(x), GatheredWeight(weight, runs(rows.starts, rows.run), runs(cols.starts, cols.run)))]
-    return [_Part(p.low, p.high, GatheredWeight(weight, *p.runs)) for p in pieces(_rows(x), rows, cols)]
+def _parts(x: Tensor, weight: Tensor, rows: Kept | None, cols: Kept | None) -> list[_Part]:
+    if not any(kept is not None and kept.grouped for kept in (rows, cols)):
+        return [_Part(0, _rows(x), GatheredWeight(weight, rows, cols))]
+    return [_Part(p.low, p.high, GatheredWeight(weight, *p.kept)) for p in pieces(_rows(x), rows, cols)]
 
 
 def _rows(x: Tensor) -> int:
@@ -156,7 +157,7 @@ def _linear(
     row_leading: int = 0,
     col_leading: int = 0,
 ) -> Tensor:
-    parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+    parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
     if len(parts) == 1:
         kept = parts[0].kept
         return _forward(x, kept.gather(weight), bias, kept, scale)
@@ -191,7 +192,7 @@ def _linear_backward(
     row_leading: int = 0,
     col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+    parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
     asked = x if mask[1] else None, weight if mask[0] else None, mask[2]
     dx, dw, db = _gradients(grad, *asked, parts, scale)
     return (
@@ -270,7 +271,7 @@ class _Linear(torch.autograd.Function):
         col_leading: int = 0,
     ) -> Tensor:
         """y [*, N'] = scale * x [*, K'] @ W[rows, cols]^T + b[rows]; the kept weight is held for the input gradient."""
-        parts = _parts(x, weight, KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading))
+        parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
         ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)

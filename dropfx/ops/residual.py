@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager
-from dropfx.ops.groups import KeptAxis, scatter_groups
-from dropfx.ops.runs import Runs, gather
+from dropfx.ops.groups import scatter_groups
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import gather
 from dropfx.ops.units import gather_op
 
 
@@ -27,16 +28,15 @@ def _residual_add(
 ) -> Tensor:
     """dim counts from the end (negative), so that it names the same axis of both."""
     shape = torch.broadcast_shapes(base.shape, torch.Size(dense_shape(y, dim, units)))
-    kept = KeptAxis(starts, run, leading)
+    kept = Kept(starts, run, leading)
     dense = base.to(torch.result_type(base, y)).expand(shape)
-    shared = Runs(starts, run)
-    if kept.grouped or not shared.tile(units):
+    if kept.grouped or not kept.tile(units):
         return dense + scatter_groups(y * alpha, dim, kept, units)
     out = dense.clone(memory_format=torch.contiguous_format)
     tiled = out.unflatten(dim, (-1, run))
     axis = dim % len(shape)
-    total = torch.add(gather(dense, dim, shared), y, alpha=alpha).unflatten(dim, (-1, run))
-    tiled.index_copy_(axis, shared.blocks(), total)
+    total = torch.add(gather(dense, dim, kept), y, alpha=alpha).unflatten(dim, (-1, run))
+    tiled.index_copy_(axis, kept.blocks(), total)
     return out
 
 

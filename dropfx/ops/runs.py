@@ -9,56 +9,17 @@ Legend: N, K dense sizes of a weight's rows and columns; N', K' compact ones; b 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dropfx.ops.kept import Kept
 
 MIN_RUN = 8
 """Shortest run that is worth copying as a row of its own; below it two element-wise stages are faster."""
 
 
-class Runs(NamedTuple):
-    """Kept runs of an axis: starts int64 [count], `run` units each, positions modulo the axis' length."""
-
-    starts: Tensor
-    run: int
-
-    @property
-    def width(self) -> int:
-        """Kept positions, padding included."""
-        return self.starts.numel() * self.run
-
-    def window(self) -> int | None:
-        """Start of the one run, where reading it costs no device synchronisation."""
-        return int(self.starts) if self.starts.numel() == 1 and self.starts.device.type == "cpu" else None
-
-    def tile(self, units: int) -> bool:
-        """Whether the runs are blocks that the axis divides into."""
-        return self.starts.numel() > 1 and units % self.run == 0
-
-    def blocks(self) -> Tensor:
-        """Indices of the kept blocks, where the runs tile the axis."""
-        return self.starts if self.run == 1 else self.starts // self.run
-
-    def unwrapped(self) -> Tensor:
-        """Kept positions [width]; those of a run that goes past the end of the axis, past it."""
-        if self.run == 1:
-            return self.starts
-        return (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).view(-1)
-
-    def units(self, units: int) -> Tensor:
-        """Kept positions [width]."""
-        positions = self.unwrapped()
-        return positions if self.run == 1 or self.tile(units) else positions % units
-
-
-def runs(starts: Tensor | None, run: int) -> Runs | None:
-    """The runs that an op's flat arguments stand for; None where the axis is dense."""
-    return None if starts is None else Runs(starts, run)
-
-
-def gather(x: Tensor, dim: int, kept: Runs) -> Tensor:
+def gather(x: Tensor, dim: int, kept: Kept) -> Tensor:
     """Compact copy (for a window that does not wrap: a view) of the kept units of axis `dim`."""
     units = x.size(dim)
     start = kept.window()
@@ -74,8 +35,8 @@ def gather(x: Tensor, dim: int, kept: Runs) -> Tensor:
     return tiled.index_select(dim, kept.blocks()).flatten(dim, dim + 1)
 
 
-def scatter(y: Tensor, dim: int, kept: Runs, units: int) -> Tensor:
-    """Dense tensor with the kept units of axis `dim` from y, zeros elsewhere: the adjoint of `take`."""
+def scatter(y: Tensor, dim: int, kept: Kept, units: int) -> Tensor:
+    """Dense tensor with the kept units of axis `dim` from y, zeros elsewhere: the adjoint of `gather`."""
     dim %= y.dim()
     start = kept.window()
     if start is not None:
@@ -116,7 +77,7 @@ class GatheredWeight:
     A weight that is stored as [K, N] is `flipped`: whole runs lie in its transpose.
     """
 
-    def __init__(self, weight: Tensor, rows: Runs | None, cols: Runs | None) -> None:
+    def __init__(self, weight: Tensor, rows: Kept | None, cols: Kept | None) -> None:
         self.rows, self.cols = rows, cols
         self.flipped = GatheredWeight(weight.t(), cols, rows) if stored_transposed(weight) else None
         self.n, self.k = weight.shape
@@ -177,7 +138,7 @@ class GatheredWeight:
         return dense
 
 
-def _window_parts(kept: Runs | None, units: int) -> list[tuple[int, int, int]] | None:
+def _window_parts(kept: Kept | None, units: int) -> list[tuple[int, int, int]] | None:
     """(compact, dense, length) of a window that may wrap, or of a dense axis; None for runs."""
     if kept is None:
         return [(0, 0, units)]

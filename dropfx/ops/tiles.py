@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, autocast, define, first_derivative_only, whole
+from dropfx.ops.kept import Kept
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import GatheredWeight, Runs, gather
+from dropfx.ops.runs import GatheredWeight, gather
 
 
 class _Side(NamedTuple):
@@ -31,16 +32,16 @@ class _Side(NamedTuple):
         widths: units of each class.
     """
 
-    order: Runs
-    back: Runs
+    order: Kept
+    back: Kept
     widths: list[int]
 
-    def classes(self) -> Iterator[tuple[int, int, Runs]]:
+    def classes(self) -> Iterator[tuple[int, int, Kept]]:
         """(begin, width, runs) of each class, in the order of classes."""
         begin = 0
         for width in self.widths:
             kept = self.order.starts[begin // self.order.run : (begin + width) // self.order.run]
-            yield begin, width, Runs(kept, self.order.run)
+            yield begin, width, Kept(kept, self.order.run)
             begin += width
 
 
@@ -51,7 +52,7 @@ def _side(units: int, tile: int, period: int, offset: int, sign: int, device: to
     classes = (offset + sign * (starts // tile)) % period
     order = classes.argsort(stable=True)
     widths = (torch.bincount(classes, minlength=period) * run).tolist()
-    return _Side(Runs(starts[order], run), Runs(order.argsort() * run, run), widths)
+    return _Side(Kept(starts[order], run), Kept(order.argsort() * run, run), widths)
 
 
 class _Tiles:

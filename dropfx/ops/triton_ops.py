@@ -19,7 +19,7 @@ from dropfx.kernels.interpreter import INTERPRETED
 from dropfx.ops import linear, residual, tiles
 from dropfx.ops import units as unit_ops
 from dropfx.ops.define import autocast, define, first_derivative_only, whole
-from dropfx.ops.groups import KeptAxis
+from dropfx.ops.kept import Kept
 from dropfx.ops.runs import stored_transposed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,9 +35,9 @@ def _served(*tensors: Tensor) -> bool:
     return here and first.dtype in DTYPES and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
 
 
-def _leading(rows: int, *axes: KeptAxis) -> int | None:
+def _leading(rows: int, *axes: Kept | None) -> int | None:
     """The leading axis that all groups divide, 1 without groups; None where they are not the same."""
-    grouped = [axis for axis in axes if axis.grouped]
+    grouped = [axis for axis in axes if axis is not None and axis.grouped]
     if not grouped:
         return 1
     if any(axis.ends(rows) != grouped[0].ends(rows) for axis in grouped[1:]):
@@ -80,7 +80,7 @@ def _activated_linear(
     activation: str,
 ) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
-    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
+    given = Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading)
     leading = _leading(len(flat), *given)
     outs, sums = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
     if leading is None or not _served(x, weight, *([] if bias is None else [bias])):
@@ -124,7 +124,7 @@ def _linear_backward(
     col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, flat = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
-    given = KeptAxis(rows, row_run, row_leading), KeptAxis(cols, col_run, col_leading)
+    given = Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading)
     leading = _leading(len(dy), *given)
     n, k = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
     if leading is None or n.ragged or k.ragged or not _served(grad, x, weight):
@@ -221,7 +221,7 @@ def _residual_add(
 
 
 def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> int:
-    return _leading(math.prod(x.shape[: dim % x.dim()]), KeptAxis(starts, run, leading)) or 1
+    return _leading(math.prod(x.shape[: dim % x.dim()]), Kept(starts, run, leading)) or 1
 
 
 # -- linear and activation ----------------------------------------------------------------------------------------

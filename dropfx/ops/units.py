@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import EAGER, define, eager, fresh, whole
-from dropfx.ops.groups import KeptAxis, by_row, gather_groups, scatter_groups
+from dropfx.ops.groups import by_row, gather_groups, scatter_groups
+from dropfx.ops.kept import Kept
 
 
 def _gather(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
-    return fresh(gather_groups(x, dim, KeptAxis(starts, run, leading)), x)
+    return fresh(gather_groups(x, dim, Kept(starts, run, leading)), x)
 
 
 def _scatter(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
-    return whole(scatter_groups(y, dim, KeptAxis(starts, run, leading), units))
+    return whole(scatter_groups(y, dim, Kept(starts, run, leading), units))
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:

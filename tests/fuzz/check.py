@@ -36,8 +36,8 @@ class Verdict:
 
     Attributes:
         kind: "same", "different", "raises" (dropfx alone), "silent" (PyTorch alone); "pytorch", where PyTorch's own
-            compiler fails alike; "dead draws", where what nobody reads was not drawn, and what comes behind draws
-            other numbers for it.
+            compiler fails alike; "ill-conditioned", where PyTorch's own result hangs on the last digits of its inputs;
+            "dead draws", where what nobody reads was not drawn, and what comes behind draws other numbers for it.
     """
 
     kind: str = "same"
@@ -120,11 +120,31 @@ def _step(
         expected = train_step(original, original, same, _around(step), step.second_order, number)
     verdict.raising |= isinstance(expected, Raised)
     _judge(actual, expected, verdict, dtype, "autocast" in step.around + program.source())
+    if verdict.kind == "different" and _ill_conditioned(program, step, number, original, masks, front_end, dtype):
+        verdict.kind = "ill-conditioned"
     if verdict.kind == "same" and isinstance(expected, dict):
         verdict.compared += 1
         verdict.sites += len(masks)
         if mode.used != masks.keys():
             verdict.kind, verdict.lines = "different", (f"no such sites: {sorted(masks.keys() - mode.used)}",)
+
+
+def _ill_conditioned(
+    program: Program, step: Step, number: int, original: nn.Module, masks: Masks, front_end: str, dtype: torch.dtype
+) -> bool:
+    """Whether plain PyTorch itself gives another result where its inputs change in their last digits."""
+    found = []
+    for shake in (0.0, 1e-6 if dtype is torch.float32 else 1e-14):
+        given = program.inputs(step, number, dtype)
+        for name, value in given.items():
+            if value.requires_grad:
+                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+                given[name] = (value.detach() * (1 + shake * noise)).requires_grad_()
+        with masked(original, masks, front_end == "inductor", "'tile'" in program.options):
+            found.append(train_step(original, original, given, _around(step), step.second_order, number))
+    plain, shaken = found
+    alike = isinstance(plain, dict) and isinstance(shaken, dict)
+    return alike and bool(differences(shaken, plain, TOLERANCE[dtype]))
 
 
 def _judge(actual: Outcome, expected: Outcome, verdict: Verdict, dtype: torch.dtype, autocast: bool) -> None:

@@ -36,12 +36,12 @@ FAULTS = (
         "dropfx/ops/runs.py", ".index_add_(dim, kept.units(units), y)", ".index_copy_(dim, kept.units(units), y)", "ops"
     ),
     Fault(
-        "dropfx/ops/groups.py",
+        "dropfx/ops/kept.py",
         "size + (group < more)",
         "size + (group >= groups - more)",
         "ops catalogue/test_groups.py",
     ),
-    Fault("dropfx/ops/groups.py", "if row < end), 0)", "if row <= end), 0)", "ops catalogue/test_groups.py"),
+    Fault("dropfx/ops/kept.py", "if row < end), 0)", "if row <= end), 0)", "ops catalogue/test_groups.py"),
     Fault("dropfx/ops/groups.py", "longer = more * (size + 1)", "longer = more * size", "catalogue/test_groups.py"),
     Fault("dropfx/ops/residual.py", "scatter_groups(y * alpha, dim", "scatter_groups(y, dim", "ops"),
     Fault("dropfx/ops/embedding.py", "(where != padding_idx)", "(where == where)", "ops"),

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from dropfx import ops
+from dropfx.ops.kept import Kept
 from dropfx.ops.recurrent import product
 from dropfx.ops.recurrent.cells import GATES
-from dropfx.ops.runs import Runs, gather, scatter
+from dropfx.ops.runs import gather, scatter
 
 KINDS = tuple(GATES)
 FACES = ("registered", "eager")
@@ -25,7 +26,6 @@ KEPT = {
     "ragged blocks": (torch.tensor([0, 6]), 3),
 }
 UNITS = 8
-Kept = tuple[Tensor, int]
 
 
 def face(name: str) -> Callable[..., Any]:
@@ -35,9 +35,9 @@ def face(name: str) -> Callable[..., Any]:
 class Case:
     """Operands of a recurrence, and a dense weight of which rows or columns are kept."""
 
-    def __init__(self, kind: str, kept: Kept, axis: int, *, proj: int = 0, packed: bool = False) -> None:
+    def __init__(self, kind: str, kept: tuple[Tensor, int], axis: int, *, proj: int = 0, packed: bool = False) -> None:
         torch.manual_seed(0)
-        self.kind, self.kept, self.axis = kind, Runs(*kept), axis
+        self.kind, self.kept, self.axis = kind, Kept(*kept), axis
         rows, width = GATES[kind] * UNITS, proj or UNITS
         self.packed = packed
         self.operands = {
@@ -73,7 +73,7 @@ class Case:
         return self.kind, *given.values(), sizes, self.packed
 
     def ours(self, which: str) -> tuple[Tensor, ...]:
-        kept = tuple(self.kept)
+        kept = self.kept.starts, self.kept.run
         places = (*kept, None, 0) if self.axis == 0 else (None, 0, *kept)
         return self._read(face(which)(*self.arguments(self.compact(self.operands["w_hh"])), *places))
 
@@ -130,7 +130,7 @@ def test_passes_opcheck(kind: str, axis: int) -> None:
 def test_packed_product_of_a_kept_weight(axis: int) -> None:
     """In single precision, of a weight so large that the product packs what is kept of it."""
     torch.manual_seed(0)
-    kept = Runs(torch.arange(0, 512, 128), 64)
+    kept = Kept(torch.arange(0, 512, 128), 64)
     weight, x, y = torch.randn(1280 if axis else 512, 512 if axis else 1280), torch.randn(5, 512), torch.randn(5, 1280)
     x, y = (x, y) if axis else (torch.randn(5, 1280), torch.randn(5, 512))
     compact = gather(weight, axis, kept).contiguous()

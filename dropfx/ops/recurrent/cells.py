@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dropfx.ops.kept import Kept
 from dropfx.ops.recurrent.product import Product, product_with
-from dropfx.ops.runs import Runs
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Kind of cell, as in `nn.RNNBase.mode` -> G."""
@@ -33,8 +33,8 @@ class Weights(NamedTuple):
     hh: Tensor
     bias_hh: Tensor | None = None
     hr: Tensor | None = None
-    rows: Runs | None = None
-    cols: Runs | None = None
+    rows: Kept | None = None
+    cols: Kept | None = None
 
     def cast(self, dtype: torch.dtype) -> Weights:
         """The same weights in another dtype."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dropfx.ops.define import define, first_derivative_only
-from dropfx.ops.runs import GatheredWeight, runs
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import GatheredWeight
 
 _LSTM = 2  # its mode
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -47,7 +48,7 @@ def _layer(
 
 
 def _kept(w_ih: Tensor, cols: Tensor | None, col_run: int) -> GatheredWeight:
-    return GatheredWeight(w_ih, None, runs(cols, col_run))
+    return GatheredWeight(w_ih, None, Kept.of(cols, col_run))
 
 
 def _operands(tensors: list[Tensor], weight: GatheredWeight) -> list[Tensor]:

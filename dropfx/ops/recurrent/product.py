@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropfx.ops.runs import Runs, gather, scatter
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import gather, scatter
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """(x [b, K], y [b, N]) -> x @ weight^T + y"""
@@ -24,7 +25,7 @@ _LEAST_BYTES = 1 << 20
 _LEAST_STEPS = 8
 
 
-def product_with(weight: Tensor, batch: int, steps: int, rows: Runs | None = None, cols: Runs | None = None) -> Product:
+def product_with(weight: Tensor, batch: int, steps: int, rows: Kept | None = None, cols: Kept | None = None) -> Product:
     """The product with a weight [N, K] of which `steps` will be made, of up to `batch` rows each.
 
     Args:
@@ -41,11 +42,11 @@ def _plain(weight: Tensor) -> Product:
     return lambda x, y: torch.addmm(y, x, transposed)
 
 
-def _of_columns(product: Product, cols: Runs) -> Product:
+def _of_columns(product: Product, cols: Kept) -> Product:
     return lambda x, y: product(gather(x, 1, cols).contiguous(), y)
 
 
-def _onto_rows(product: Product, rows: Runs, zeros: Tensor) -> Product:
+def _onto_rows(product: Product, rows: Kept, zeros: Tensor) -> Product:
     return lambda x, y: y + scatter(product(x, zeros[: x.size(0)]), 1, rows, y.size(1))
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
 from dropfx.ops.define import define, eager, first_derivative_only, whole
+from dropfx.ops.kept import Kept
 from dropfx.ops.recurrent import gru, lstm, rnn
 from dropfx.ops.recurrent.cells import Flows, Saved, Weights
 from dropfx.ops.recurrent.steps import Steps, steps_of
-from dropfx.ops.runs import Runs, gather, runs
+from dropfx.ops.runs import gather
 
 _INSTEAD = "dropfx.restore(model) gives back that of torch.nn"
 
@@ -107,7 +108,7 @@ def _gradients(
     return [make() if asked else None for make, asked in zip(made_by, mask, strict=True)]
 
 
-def _kept(x: Tensor, kept: Runs | None) -> Tensor:
+def _kept(x: Tensor, kept: Kept | None) -> Tensor:
     return x if kept is None else gather(x, 1, kept)
 
 
@@ -131,7 +132,7 @@ def _recurrence(
     cols: Tensor | None = None,
     col_run: int = 0,
 ) -> _Outputs:
-    weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
+    weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
     out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
     return out.view(*pre.shape[:-1], out.size(1)), h, c, *saved
 
@@ -167,7 +168,7 @@ def _recurrence_backward(
     col_run: int,
     mask: list[bool],
 ) -> list[Tensor]:
-    weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
+    weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
     saved = Saved(gates, before, inner, squashed)
     batch = h0.size(0)
     steps = steps_of((before.size(0) // batch if batch else 1, batch), batch_sizes, reverse)
@@ -238,7 +239,7 @@ class _Recurrence(torch.autograd.Function):
         col_run: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [T, B, H], or [rows, H] of packed input, and the last states h and c, from the gates' input `pre`."""
-        weights = Weights(w_hh, b_hh, w_hr, runs(rows, row_run), runs(cols, col_run))
+        weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
         out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
         saved = saved._replace(gates=out) if kind.startswith("rnn") else saved
         ctx.kind, ctx.shape, ctx.steps = kind, pre.shape, steps_of(pre.shape, batch_sizes, reverse)
@@ -258,7 +259,7 @@ class _Recurrence(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a recurrence has no second derivative; {_INSTEAD}")
         *tensors, rows, cols = ctx.saved_tensors
-        kept = (runs(starts, run) for starts, run in zip((rows, cols), ctx.runs, strict=True))
+        kept = (Kept.of(starts, run) for starts, run in zip((rows, cols), ctx.runs, strict=True))
         saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:], *kept)
         made = _gradients(ctx.kind, (grads[0], grads[1], grads[2]), saved, weights, ctx.steps, ctx.mask)
         if made[0] is not None:
