@@ -80,7 +80,7 @@ FAULTS = (
     Fault("dropfx/planning/regions.py", 'not notes(node).get("identity")', "True", "passes planning catalogue"),
     # -- draws and patterns
     Fault(
-        "dropfx/draws/draw_plan.py",
+        "dropfx/patterns/base.py",
         "return unwrapped(self.starts, self.run) % self.fit.units",
         "return unwrapped(self.starts, self.run)",
         "draws patterns",

@@ -120,7 +120,7 @@ def test_gradcheck(kind: str, given: dict[str, Any], axis: int, which: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_opcheck(kind: str, axis: int) -> None:
     case = Case(kind, KEPT["blocks"], axis)
-    kept = tuple(case.kept)
+    kept = case.kept.starts, case.kept.run
     places = (*kept, None, 0) if axis == 0 else (None, 0, *kept)
     compact = case.compact(case.operands["w_hh"]).detach().requires_grad_()
     opcheck(ops.recurrence_op, (*case.arguments(compact), *places))
