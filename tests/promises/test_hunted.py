@@ -336,3 +336,20 @@ def test_tiles_behind_a_dropout_under_no_grad() -> None:
     original = Net(forward).double()
     options = {"pattern": "tile", "min_speedup": 0}
     dropfx.testing.assert_equivalent(original, torch.randn(8, 32, dtype=torch.float64), options=options)
+
+
+def test_a_dropout_as_written_behind_a_normalisation_of_turned_values() -> None:
+    """How its result lies, fake tensors do not know (fuzzed: seed 0, index 5013)."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.first, self.norm, self.last = nn.Linear(16, 48), nn.Dropout(), nn.BatchNorm1d(6), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(self.up(x)).transpose(0, -1)))
+
+    original = Turned().double()
+    compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0)
+    x = torch.randn(5, 6, 16, dtype=torch.float64)
+    assert "first" in check_step(original, compiled, (x,), dtype=torch.float64, left_alone=("last",))
