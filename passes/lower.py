@@ -25,12 +25,12 @@ def lower(module: fx.GraphModule, context: Context) -> PassResult:
         if node.target not in EAGER:
             continue
         target = table.get(node.target, node.target)
-        contenders = {"aten": target} | ({"triton": kernels[node.target]} if node.target in kernels else {})
-        choice = choose(node, contenders, context)
+        candidates = {"aten": target} | ({"triton": kernels[node.target]} if node.target in kernels else {})
+        choice = choose(node, candidates, context)
         if choice.reason:
             context.lowerings[_label(node, context)] = f"{choice.lowering}, {choice.reason}"
         if choice.lowering == "triton":
-            target, notes(node)["lowering"] = contenders["triton"], "triton"
+            target, notes(node)["lowering"] = candidates["triton"], "triton"
         if target is not node.target:
             node.target = target
             modified = True

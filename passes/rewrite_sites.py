@@ -1,4 +1,4 @@
-"""dropout(x) -> gather(x) * scale, with a take or a put wherever a value is read in the other form.
+"""dropout(x) -> gather(x) * scale, with a gather or a scatter wherever a value is read in the other form.
 
 After this pass every node reads its operands in the form that the plan gave it; Linears and views still have their
 dense spelling.

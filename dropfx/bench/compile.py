@@ -35,11 +35,11 @@ class Result:
 
     Attributes:
         name, rate: the case.
-        seconds: of a training step, by contender and round.
-        ratios: how many times faster than each other contender the backend is.
+        seconds: of a training step, by candidate and round.
+        ratios: how many times faster than each other candidate the backend is.
         sites, rewritten: dropouts with a rate, and how many of them are rewritten by default.
         ceiling: matrix FLOPs of a step, as written over what the rewritten model computes: what they predict.
-        first_steps: seconds until the end of the first step, by contender and run; empty where not measured.
+        first_steps: seconds until the end of the first step, by candidate and run; empty where not measured.
         compile_ratio: those of the backend over those of torch.compile, paired by run: median and quartiles.
     """
 
@@ -54,7 +54,7 @@ class Result:
     compile_ratio: Ratio | None = None
 
 
-def contender(name: str, built: Built, inner: str) -> Step:
+def candidate(name: str, built: Built, inner: str) -> Step:
     """A whole training step: forward, loss, backward, SGD with momentum; no gradients at rest."""
     model, optimizer = built.model, sgd(built.model)
     runnable: Callable[..., Any] = model
@@ -75,12 +75,12 @@ def contender(name: str, built: Built, inner: str) -> Step:
 
 
 def measure(case: Case, inner: str, rounds: int, compile_runs: int) -> Result:
-    """Times of one case; every contender starts from the same weights and sees the same batch."""
+    """Times of one case; every candidate starts from the same weights and sees the same batch."""
     first_steps = _first_steps(case, inner, compile_runs if case.times_compilation else 0)
     built = case.make()
     explained = dropfx.explain(built.model, *built.args, kwargs=built.kwargs)
     total = _flops(built)
-    steps = {name: contender(name, built.copy(), inner) for name in (EAGER, COMPILED, DROPFX, BACKEND)}
+    steps = {name: candidate(name, built.copy(), inner) for name in (EAGER, COMPILED, DROPFX, BACKEND)}
     seconds = harness.interleave(steps, rounds)
     torch.compiler.reset()
     sites = [site for site in explained.sites if site.rate > 0]
@@ -119,7 +119,7 @@ def _first_steps(case: Case, inner: str, runs: int) -> dict[str, list[float]]:
 def first_step(case: Case, name: str, inner: str) -> float:
     """Seconds from `torch.compile` to the end of the first training step, with nothing in any cache.
 
-    To be called in a fresh process: it sets where compilers keep what they make. Neither contender's imports count.
+    To be called in a fresh process: it sets where compilers keep what they make. Neither candidate's imports count.
     """
     import torch._functorch.config
     import torch._inductor.config
@@ -134,7 +134,7 @@ def first_step(case: Case, name: str, inner: str) -> float:
     ):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         start = time.perf_counter()
-        contender(name, built, inner)()
+        candidate(name, built, inner)()
         return time.perf_counter() - start
 
 

@@ -32,7 +32,7 @@ def show(console: Console, results: Sequence[Result]) -> None:
 
 
 def step_table(results: Sequence[Result]) -> Table:
-    """Milliseconds a step of each contender."""
+    """Milliseconds a step of each candidate."""
     names = list(results[0].seconds)
     table = _table("Training step, ms", *names)
     for result in results:
@@ -41,7 +41,7 @@ def step_table(results: Sequence[Result]) -> Table:
 
 
 def speed_up_table(results: Sequence[Result]) -> Table:
-    """The backend against each other contender, and what the FLOPs predict."""
+    """The backend against each other candidate, and what the FLOPs predict."""
     baselines = list(results[0].ratios)
     table = _table(
         'Speed-up of torch.compile(backend="dropfx") against each, and by FLOPs',

@@ -66,7 +66,7 @@ class Way:
 
 
 def make_ways(sizes: Sequence[int], rate: float, seed: int) -> list[Way]:
-    """The three contenders, of equal initial weights; `dropfx.compile(model)` is all that the third adds."""
+    """The three candidates, of equal initial weights; `dropfx.compile(model)` is all that the third adds."""
     models = []
     for used_rate in (None, rate, rate):
         torch.manual_seed(seed)

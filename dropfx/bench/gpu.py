@@ -45,7 +45,7 @@ def results_of(bench: Bench, args: argparse.Namespace) -> Iterator[Result]:
 
 
 def table(results: list[Result]) -> Table:
-    """A row a case: milliseconds of each contender, ratios to the fastest baseline, peak memory against the least."""
+    """A row a case: milliseconds of each candidate, ratios to the fastest baseline, peak memory against the least."""
     made = Table(title="Gathered products on the device")
     times = [f"{name} ms" for name in LOWERINGS]
     for heading in ("what", "p", "baseline", "ms", *times, *LOWERINGS, "limit", "memory"):

@@ -22,7 +22,7 @@ from dropfx.bench.training import mlp, sgd, train_step
 from dropfx.planning.timing import Step
 
 LOWERINGS = ("aten", "triton", "auto")
-"""Contenders by dropfx; a product alone has no "auto"."""
+"""Candidates by dropfx; a product alone has no "auto"."""
 BLOCK = 64
 GROUP = 128
 _COPIES = 4
@@ -31,7 +31,7 @@ _COPIES = 4
 
 @dataclass
 class Result:
-    """One row: median seconds of each contender, the ratio of the fastest baseline to each lowering, peak bytes."""
+    """One row: median seconds of each candidate, the ratio of the fastest baseline to each lowering, peak bytes."""
 
     what: str
     rate: float
@@ -93,7 +93,7 @@ def products(bench: Bench, size: int, rate: float) -> Iterator[Result]:
         runs = starts if product.compact_rows else None, block, starts, block
         gathered = partial(_gathered, runs=runs, mask=product.mask)
         limit = (size / (count * block)) ** (2 if product.compact_rows else 1)
-        steps = _contenders(bench, what, rate, product.dense, gathered, (size, count * block))
+        steps = _candidates(bench, what, rate, product.dense, gathered, (size, count * block))
         yield bench.result(what, rate, limit, steps)
 
 
@@ -104,7 +104,7 @@ def groups(bench: Bench, size: int, rate: float) -> Result:
     draws = [torch.randperm(size // block, device=bench.device)[:count].sort().values for _ in range(number)]
     runs = None, 0, torch.stack(draws) * block, block
     what = f"groups of {-(-size // number)} rows, {size}, forward + backward"
-    steps = _contenders(
+    steps = _candidates(
         bench,
         what,
         rate,
@@ -147,7 +147,7 @@ def _gathered(
     return ops.backward(dy, x, w, *runs, 1.0, mask, 0, leading)
 
 
-def _contenders(
+def _candidates(
     bench: Bench,
     what: str,
     rate: float,
@@ -161,7 +161,7 @@ def _contenders(
     """
     importlib.import_module("dropfx.ops.triton_ops")  # registers the ops of Triton
     registered = torch.ops.dropfx
-    contenders: dict[str, _Ops | None] = {
+    candidates: dict[str, _Ops | None] = {
         "cuBLAS": None,
         "aten": _Ops(registered.linear.default, registered.linear_backward.default),
         "triton": _Ops(registered.linear_triton.default, registered.linear_backward_triton.default),
@@ -173,7 +173,7 @@ def _contenders(
         x, w, dy, compact = given
         return dense(x, w, dy) if ops is None else gathered(ops, compact, w, dy)
 
-    turns = {name: [partial(product, given, ops) for given in inputs] for name, ops in contenders.items()}
+    turns = {name: [partial(product, given, ops) for given in inputs] for name, ops in candidates.items()}
     if bench.device == "cuda":
         from dropfx.planning.autotune import tuner_for  # imports Triton
 
@@ -201,7 +201,7 @@ def steps(bench: Bench, sizes: tuple[int, ...], batch: int, rate: float, input_g
         """Forward and backward of the sum of the outputs."""
         torch.autograd.backward(model(x).sum())
 
-    contenders: dict[str, Step] = {}
+    candidates: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     for name, model, runnable in _models(written, bench):
         at_rest = partial(_rest, model, x)
@@ -211,31 +211,31 @@ def steps(bench: Bench, sizes: tuple[int, ...], batch: int, rate: float, input_g
             at_rest()
         peaks[name] = harness.peak_memory(run, bench.device)
         at_rest()
-        contenders[name] = partial(_in_turn, at_rest, run)
+        candidates[name] = partial(_in_turn, at_rest, run)
     what = f"{_net(sizes)}, batch {batch}, forward + backward"
-    result = bench.result(what, rate, _ceiling(written, x, sizes, input_gradient), contenders)
+    result = bench.result(what, rate, _ceiling(written, x, sizes, input_gradient), candidates)
     result.peak_bytes = peaks
     torch.compiler.reset()
     return result
 
 
 def graphs(bench: Bench, sizes: tuple[int, ...], batch: int, rate: float) -> Result:
-    """A whole training step of an MLP, every contender captured as a CUDA graph (in a trial on a CPU: called)."""
+    """A whole training step of an MLP, every candidate captured as a CUDA graph (in a trial on a CPU: called)."""
     torch.manual_seed(0)
     written = mlp(sizes, rate).to(device=bench.device, dtype=bench.dtype)
     x, labels = bench.randn(batch, sizes[0]), torch.randint(sizes[-1], (batch,), device=bench.device)
-    contenders = {}
+    candidates = {}
     for name, model, runnable in _models(written, bench):
         step = partial(train_step, runnable, sgd(model), x, labels)
-        contenders[name] = _captured(step) if bench.device == "cuda" else step
+        candidates[name] = _captured(step) if bench.device == "cuda" else step
     what = f"{_net(sizes)}, batch {batch}, training step as a CUDA graph"
-    result = bench.result(what, rate, _ceiling(written, x, sizes, False), contenders)
+    result = bench.result(what, rate, _ceiling(written, x, sizes, False), candidates)
     torch.compiler.reset()
     return result
 
 
 def _models(written: nn.Sequential, bench: Bench) -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor]]]:
-    """Each contender's name, its own model, and what to call."""
+    """Each candidate's name, its own model, and what to call."""
     for name in ("eager", "torch.compile", *LOWERINGS):
         model = copy.deepcopy(written)
         runnable: Callable[[Tensor], Tensor] = model

@@ -1,4 +1,4 @@
-"""Paired timing of interleaved contenders in one process, and exact peak memory; on a CPU and on a GPU."""
+"""Paired timing of interleaved candidates in one process, and exact peak memory; on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Ratio:
 def interleave(
     steps: Mapping[str, Step], rounds: int, turn_seconds: float = _TURN_SECONDS, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds per step of each contender, one entry a round.
+    """Seconds per step of each candidate, one entry a round.
 
-    In a round every contender runs the same few steps, so that a drift of the machine (clock, neighbours) hits all
+    In a round every candidate runs the same few steps, so that a drift of the machine (clock, neighbours) hits all
     alike; the first of a round moves on by one from round to round. Each runs two steps untimed beforehand, for
     compilation and caches.
 
     Args:
-        steps: a training step, or any unit of work, per contender.
+        steps: a training step, or any unit of work, per candidate.
         rounds: number of rounds, at least 1.
-        turn_seconds: time that the slowest contender's turn should take; sets the steps of a turn (1 to 20).
+        turn_seconds: time that the slowest candidate's turn should take; sets the steps of a turn (1 to 20).
         device: type of the device that the steps run on; a GPU is timed by its own events.
     """
     names = list(steps)
@@ -85,8 +85,8 @@ def peak_memory(step: Step, device: str = "cpu") -> int:
 
     On a GPU its allocator keeps count. On a CPU they are counted from the profiler's record of every allocation and
     release of PyTorch's CPU allocator. The process' own size is no measure: it also holds what malloc keeps, the
-    libraries' scratch space and the profiler itself, and its high-water mark never falls, so a second contender could
-    not be measured. Memory that a GEMM library takes for itself is not seen, for no contender. A release of a block
+    libraries' scratch space and the profiler itself, and its high-water mark never falls, so a second candidate could
+    not be measured. Memory that a GEMM library takes for itself is not seen, for no candidate. A release of a block
     from before the call is not in the record, so the caller sees to it that the resting state is at rest: gradients
     None, optimizer state present.
     """

@@ -27,10 +27,10 @@ _SHORT_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Workload:
-    """What the contenders of a case train.
+    """What the candidates of a case train.
 
     Attributes:
-        model: as written; each contender trains a copy.
+        model: as written; each candidate trains a copy.
         inputs: of a training call.
         make_step: makes a training step of what is called, the model or its compiled form, and the model.
     """
@@ -99,7 +99,7 @@ def measure_all(cases: Sequence[Case], args: argparse.Namespace, console: Consol
 
 
 def measure(case: Case, pattern: str, baselines: Sequence[str], rounds: int) -> Result:
-    """Times and memory of one case; every contender starts from the same weights and sees the same batch."""
+    """Times and memory of one case; every candidate starts from the same weights and sees the same batch."""
     torch.manual_seed(0)
     work = case.workload()
     sites = dropfx.explain(work.model, *work.inputs, options={"pattern": pattern}).sites

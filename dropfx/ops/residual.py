@@ -58,7 +58,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def formula(gather_units: Any) -> Callable[..., tuple[Any, ...]]:
-    """The derivative by a take."""
+    """The derivative by a gather."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Gradients of base and y as far as they are asked for, summed where these were broadcast, and None."""

@@ -52,7 +52,7 @@ def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def gather_formula(scatter_units: Any) -> Callable[..., tuple[Any, ...]]:
-    """The derivative of a take by a put."""
+    """The derivative of a gather by a scatter."""
     return lambda ctx, grad: (
         scatter_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units, ctx.leading),
         *[None] * 4,
@@ -60,7 +60,7 @@ def gather_formula(scatter_units: Any) -> Callable[..., tuple[Any, ...]]:
 
 
 def scatter_formula(gather_units: Any) -> Callable[..., tuple[Any, ...]]:
-    """The derivative of a put by a take."""
+    """The derivative of a scatter by a gather."""
     return lambda ctx, grad: (gather_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.leading), *[None] * 5)
 
 

@@ -58,17 +58,17 @@ class Tuner:
         self.seconds, tiles = _read(path)
         configs.chosen.update(tiles)
 
-    def measure(self, key: str, contenders: Mapping[str, Step]) -> dict[str, float]:
-        """Seconds of each contender, by the file or measured now; "triton" by its fastest tiles.
+    def measure(self, key: str, candidates: Mapping[str, Step]) -> dict[str, float]:
+        """Seconds of each candidate, by the file or measured now; "triton" by its fastest tiles.
 
-        Raises whatever a contender raises at its first call.
+        Raises whatever a candidate raises at its first call.
         """
         known = self.seconds.get(key, {})
-        if known.keys() == contenders.keys():
+        if known.keys() == candidates.keys():
             return known
-        if "triton" in contenders:
-            self._tune(contenders["triton"])
-        self.seconds[key] = {name: self._timer(step) for name, step in contenders.items()}
+        if "triton" in candidates:
+            self._tune(candidates["triton"])
+        self.seconds[key] = {name: self._timer(step) for name, step in candidates.items()}
         self._keep()
         return self.seconds[key]
 

@@ -49,7 +49,7 @@ def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts
         compact[node], dense[node] = _labels(region, node, keep, others, costs, groups, sharing)
         for value in (node, *region.wants.get(node, {})):
             elements, itemsize = _size(value)
-            # forward copies the kept part, backward fills the dense one; a put is the reverse
+            # forward copies the kept part, backward fills the dense one; a scatter is the reverse
             moved = costs.move(elements * keep, itemsize) + costs.move(elements, itemsize, 1 + keep)
             moved += 2 * (groups - 1) * costs.launch
             gather[value] = scatter[value] = _nanoseconds(moved)
@@ -139,7 +139,7 @@ def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[flo
         return steps * 2 * costs.gemm(batch, n, k * share, itemsize) + costs.gemm(n, k * share, rows, itemsize)
 
     own = steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), itemsize, _PASSES_A_STEP)
-    # each step takes of the state and puts into its gradient; the kept weight is copied, and its gradient put
+    # each step gathers of the state and scatters into its gradient; the kept weight is copied, its gradient put
     moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
     return products(1.0) + (0 if notes(node).get("one_piece") else own), products(keep) + own + moved
 

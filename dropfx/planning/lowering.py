@@ -26,24 +26,24 @@ class Choice(NamedTuple):
     reason: str = ""
 
 
-def choose(node: fx.Node, contenders: Mapping[str, Callable[..., Any]], context: Context) -> Choice:
+def choose(node: fx.Node, candidates: Mapping[str, Callable[..., Any]], context: Context) -> Choice:
     """The lowering of one gathered op.
 
     Args:
-        contenders: what executes it, by lowering: "aten", and "triton" where there is a kernel.
+        candidates: what executes it, by lowering: "aten", and "triton" where there is a kernel.
     """
     asked, value = context.options.lowering, value_of(node)
     device = torch.device("cpu") if value is None else value.device
     why_not = why_no_kernels(device)
-    if "triton" not in contenders:
+    if "triton" not in candidates:
         return Choice("aten", "no kernel of it" if asked == "triton" else why_not if device.type == "cuda" else "")
     if asked != "auto":
         if asked == "triton" and not why_not:
-            _measured(node, contenders, context, device)  # for the sake of its tiles
+            _measured(node, candidates, context, device)  # for the sake of its tiles
         return Choice(asked, "asked for")
     if why_not:
         return Choice("aten", why_not if device.type == "cuda" else "")
-    found = _measured(node, contenders, context, device)
+    found = _measured(node, candidates, context, device)
     if isinstance(found, str):
         return _predicted(node, context, found)
     fastest = min(found, key=lambda name: found[name])
@@ -74,7 +74,7 @@ def _keep(form: Any, context: Context) -> float:
 
 
 def _measured(
-    node: fx.Node, contenders: Mapping[str, Callable[..., Any]], context: Context, device: torch.device
+    node: fx.Node, candidates: Mapping[str, Callable[..., Any]], context: Context, device: torch.device
 ) -> dict[str, float] | str:
     """Seconds by lowering, or why they cannot be had."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -86,7 +86,7 @@ def _measured(
     with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
         try:
             example = _Example(node, context, device)
-            steps = {name: example.step(op) for name, op in contenders.items()}
+            steps = {name: example.step(op) for name, op in candidates.items()}
             return tuner_for(device).measure(example.key, steps)
         except _UnknownShape:
             return "not measured: not all of its shapes are known before it runs"

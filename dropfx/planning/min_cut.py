@@ -53,7 +53,7 @@ def cut(region: Region, prices: Prices) -> set[fx.Node]:
 
 
 def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.Node, prices: Prices) -> None:
-    """`reader`, if compact, reads `value` compact: a take if the value is dense."""
+    """`reader`, if compact, reads `value` compact: a gather if the value is dense."""
     taken = ("gather", value)
     graph.add_edge(reader, taken, capacity=_INFINITE)
     # a dense value after the site is not taken again: its units may be others than the padding of a ragged block
@@ -65,7 +65,7 @@ def _read_compact(graph: nx.DiGraph, region: Region, reader: fx.Node, value: fx.
 
 
 def _read_dense(graph: nx.DiGraph, region: Region, value: fx.Node, reader: Any, prices: Prices) -> None:
-    """`reader`, if dense, reads `value` dense: a put if the value is compact, impossible before the site."""
+    """`reader`, if dense, reads `value` dense: a scatter if the value is compact, impossible before the site."""
     if value in region.before or value_of(value) is None:  # several results: each is read by its getitem
         graph.add_edge(value, reader, capacity=_INFINITE)
         return

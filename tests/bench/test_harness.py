@@ -16,7 +16,7 @@ from dropfx.bench.training import sgd, train_step
 from dropfx.errors import InvalidOption
 
 
-def test_contenders_take_turns_and_none_is_always_first():
+def test_candidates_take_turns_and_none_is_always_first():
     order = []
     steps = {name: lambda name=name: order.append(name) or time.sleep(0.001) for name in "abc"}
     times = harness.interleave(steps, rounds=3, turn_seconds=0)
