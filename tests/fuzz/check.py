@@ -7,7 +7,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo.config
@@ -21,10 +21,6 @@ from tests.fuzz.oracle import Masks, Outcome, Raised, differences, finite, maske
 from tests.fuzz.program import Program, Step, change
 
 FRONT_ENDS = ("compile", "eager", "aot_eager", "inductor")
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
-AUTOCAST = 0.15
-"""Of bfloat16 only gross faults show: a unit near the kink of a ReLU may fall on either side."""
-
 HOOKS_ARE_SEEN = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 """Without it Dynamo misses hooks that are added after the first call."""
 NO_SECOND_ORDER = ("does not currently support double backward", "which requires create_graph=False")
@@ -109,7 +105,7 @@ def _step(
     verdict: Verdict,
 ) -> None:
     original, model, call = models
-    dtype = next((p.dtype for p in model.parameters()), torch.float32 if program.half else torch.float64)
+    dtype = _dtype(program, model)
     given, same = (program.inputs(step, number, dtype) for _ in range(2))
     with dropfx.testing.record() as frames, numbers_of_their_own():
         actual = train_step(call, model, given, _around(step), step.second_order, number)
@@ -119,8 +115,9 @@ def _step(
     with masked(original, masks, front_end == "inductor", "'tile'" in program.options) as mode:
         expected = train_step(original, original, same, _around(step), step.second_order, number)
     verdict.raising |= isinstance(expected, Raised)
-    _judge(actual, expected, verdict, dtype, "autocast" in step.around + program.source())
-    if verdict.kind == "different" and _ill_conditioned(program, step, number, original, masks, front_end, dtype):
+    rounding = _rounding(program, step, dtype)
+    _judge(actual, expected, verdict, rounding)
+    if verdict.kind == "different" and _ill_conditioned(program, step, number, original, masks, front_end, rounding):
         verdict.kind = "ill-conditioned"
     if verdict.kind == "same" and isinstance(expected, dict):
         verdict.compared += 1
@@ -129,12 +126,27 @@ def _step(
             verdict.kind, verdict.lines = "different", (f"no such sites: {sorted(masks.keys() - mode.used)}",)
 
 
+class Rounding(NamedTuple):
+    """How far results may be apart, and by how much inputs change in their last digits."""
+
+    tolerance: float
+    digits: float
+
+
+def _rounding(program: Program, step: Step, dtype: torch.dtype) -> Rounding:
+    if dtype is torch.float64:
+        return Rounding(1e-9, 1e-14)
+    # of bfloat16 only gross faults show: a unit near the kink of a ReLU may fall on either side
+    return Rounding(0.15, 4e-3) if "autocast" in step.around + program.source() else Rounding(2e-3, 1e-6)
+
+
 def _ill_conditioned(
-    program: Program, step: Step, number: int, original: nn.Module, masks: Masks, front_end: str, dtype: torch.dtype
+    program: Program, step: Step, number: int, original: nn.Module, masks: Masks, front_end: str, rounding: Rounding
 ) -> bool:
     """Whether plain PyTorch itself gives another result where its inputs change in their last digits."""
     found = []
-    for shake in (0.0, 1e-6 if dtype is torch.float32 else 1e-14):
+    dtype = _dtype(program, original)
+    for shake in (0.0, rounding.digits):
         given = program.inputs(step, number, dtype)
         for name, value in given.items():
             if value.requires_grad:
@@ -144,10 +156,14 @@ def _ill_conditioned(
             found.append(train_step(original, original, given, _around(step), step.second_order, number))
     plain, shaken = found
     alike = isinstance(plain, dict) and isinstance(shaken, dict)
-    return alike and bool(differences(shaken, plain, TOLERANCE[dtype]))
+    return alike and bool(differences(shaken, plain, rounding.tolerance))
 
 
-def _judge(actual: Outcome, expected: Outcome, verdict: Verdict, dtype: torch.dtype, autocast: bool) -> None:
+def _dtype(program: Program, model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32 if program.half else torch.float64)
+
+
+def _judge(actual: Outcome, expected: Outcome, verdict: Verdict, rounding: Rounding) -> None:
     if isinstance(expected, Raised):
         # what autograd refuses for a write in place, a graph without writes computes
         if not isinstance(actual, Raised):
@@ -158,10 +174,8 @@ def _judge(actual: Outcome, expected: Outcome, verdict: Verdict, dtype: torch.dt
     elif isinstance(actual, Raised):
         if not _accepted(actual.error):
             verdict.kind, verdict.lines = "raises", (f"{actual.stage}: {type(actual.error).__name__}: {actual.error}",)
-    elif finite(expected):
-        tolerance = AUTOCAST if autocast and dtype is torch.float32 else TOLERANCE[dtype]
-        if lines := differences(actual, expected, tolerance):
-            verdict.kind, verdict.lines = "different", tuple(lines)
+    elif finite(expected) and (lines := differences(actual, expected, rounding.tolerance)):
+        verdict.kind, verdict.lines = "different", tuple(lines)
 
 
 def _accepted(error: Exception) -> bool:
