@@ -75,8 +75,7 @@ def layer_replaced(model: nn.Module) -> bool:
     for parent, name in found[:1]:
         old = getattr(parent, name)
         made = nn.Linear(old.in_features, old.out_features, old.bias is not None).to(old.weight)
-        torch.nn.init.constant_(made.weight, 0.03)
-        made.load_state_dict({"bias": old.bias.detach()} if old.bias is not None else {}, strict=False)
+        made.load_state_dict({name: value.detach().flip(0) / 2 for name, value in old.state_dict().items()})
         setattr(parent, name, made)
     return bool(found)
 
