@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from torch.nn import functional as F
 
@@ -24,6 +25,8 @@ def time_major(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     if context.options.groups != "time" or context.time_axis != 1:
         return PassResult(module, modified)
+    if any(op_name(node) == "as_strided" for node in module.graph.nodes):  # which reads how a value lies
+        return PassResult(module, modified)
     for node in list(module.graph.nodes):
         value = value_of(node)
         # a mask made by hand names the axes along which it is one
@@ -31,7 +34,17 @@ def time_major(module: fx.GraphModule, context: Context) -> PassResult:
         if last and "pinned" not in notes(node) and value is not None and value.dim() == 3:
             _turn(node)
             modified = True
+    if modified:
+        _copy_where_views_need_it(module.graph)
     return PassResult(module, modified)
+
+
+def _copy_where_views_need_it(graph: fx.Graph) -> None:
+    """view(x, sizes) -> reshape(x, sizes): of a value that lies as it does in the model it is a view all the same."""
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "view" and "pinned" not in notes(node):
+            sizes = node.args[1:] and not isinstance(node.args[1], torch.dtype)
+            node.target = "reshape" if sizes else node.target
 
 
 def _turn(site: fx.Node) -> None:

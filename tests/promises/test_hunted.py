@@ -353,3 +353,22 @@ def test_a_dropout_as_written_behind_a_normalisation_of_turned_values() -> None:
     compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0)
     x = torch.randn(5, 6, 16, dtype=torch.float64)
     assert "first" in check_step(original, compiled, (x,), dtype=torch.float64, left_alone=("last",))
+
+
+@pytest.mark.parametrize("behind", [lambda h: h.view(-1, h.size(-1)), lambda h: h.as_strided(h.shape, h.stride())])
+def test_what_reads_how_a_value_lies_behind_turned_sites(behind: Any) -> None:
+    """The steps of the sites lead, and those of the values around them do not (fuzzed: seed 0, index 7027)."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.RNN(32, 16, batch_first=True)
+            self.first, self.drop, self.last = nn.Linear(16, 32), nn.Dropout(), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return behind(self.last(self.drop(self.first(self.rnn(x)[0].contiguous()))))
+
+    original = Steps().double()
+    compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0, groups="time")
+    x = torch.randn(4, 6, 32, dtype=torch.float64)
+    assert set(check_step(original, compiled, (x,), dtype=torch.float64)) == {"drop"}
