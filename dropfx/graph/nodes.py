@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from dropfx.graph.notes import notes
+from dropfx.ops.shared_dropout import shared_dropout
 
 _NAMESPACES = ("torch", "_operator", "torch.nn.functional", "torch._C._nn", "torch._VF", "torch.functional")
 
@@ -82,6 +83,8 @@ def impure(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output", "call_module") or "effect" in notes(node) or node.is_impure():
         return True
     if isinstance(node.target, HigherOrderOperator):  # the body of a checkpoint may do any of this
+        return True
+    if node.target is shared_dropout:
         return True
     name = op_name(node)
     if node.op != "get_attr" and not name:

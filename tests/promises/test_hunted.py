@@ -372,3 +372,18 @@ def test_what_reads_how_a_value_lies_behind_turned_sites(behind: Any) -> None:
     compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0, groups="time")
     x = torch.randn(4, 6, 32, dtype=torch.float64)
     assert set(check_step(original, compiled, (x,), dtype=torch.float64)) == {"drop"}
+
+
+def test_a_mask_of_the_model_that_nobody_reads_is_drawn() -> None:
+    """What is random behind it draws the numbers that it draws in the model (fuzzed: seed 0, index 7749)."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        h = m.b(m.d(F.relu(m.a(x))))
+        mask = h.new_empty(h.size(0), h.size(1)).bernoulli_(0.25).div(0.25)
+        torch.softmax(h * mask, -1)
+        return F.dropout(h, 0.5)
+
+    original, compiled = pair(forward)
+    others = (":bernoulli_1", ":dropout_1")
+    x = torch.randn(6, 32, dtype=torch.float64)
+    assert "d" in check_step(original, compiled, (x,), dtype=torch.float64, left_alone=others)

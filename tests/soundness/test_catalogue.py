@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from tests.catalogue import CASES
 from tests.catalogue.case import Case, check_step, pair
@@ -21,9 +22,10 @@ DTYPE = torch.float64
 
 
 def places(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[tuple[nn.Module, str]]:
-    """(parent, name) of each submodule of a kind; a module that has several places comes once."""
+    """(parent, name) of each submodule of a kind, but of those whose weights are made by others."""
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()]
-    return [(parent, name) for parent, name in found if isinstance(getattr(parent, name), kind)]
+    fitting = [(parent, name) for parent, name in found if isinstance(getattr(parent, name), kind)]
+    return [(parent, name) for parent, name in fitting if not is_parametrized(getattr(parent, name))]
 
 
 def of_kind(model: nn.Module, kind: Any) -> list[Any]:
@@ -75,7 +77,10 @@ def layer_replaced(model: nn.Module) -> bool:
     for parent, name in found[:1]:
         old = getattr(parent, name)
         made = nn.Linear(old.in_features, old.out_features, old.bias is not None).to(old.weight)
-        made.load_state_dict({name: value.detach().flip(0) / 2 for name, value in old.state_dict().items()})
+        with torch.no_grad():
+            made.weight.copy_(old.weight.flip(0) / 2)
+            if old.bias is not None:
+                made.bias.copy_(old.bias)
         setattr(parent, name, made)
     return bool(found)
 
