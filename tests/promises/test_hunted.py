@@ -379,11 +379,11 @@ def test_a_mask_of_the_model_that_nobody_reads_is_drawn() -> None:
 
     def forward(m: Net, x: Tensor) -> Tensor:
         h = m.b(m.d(F.relu(m.a(x))))
-        mask = h.new_empty(h.size(0), h.size(1)).bernoulli_(0.25).div(0.25)
-        torch.softmax(h * mask, -1)
+        masked = h * h.new_empty(h.size(0), 1, h.size(2)).bernoulli_(0.25).div(0.25)
+        _ = (masked @ masked.mT).softmax(-1) @ masked
         return F.dropout(h, 0.5)
 
     original, compiled = pair(forward)
     others = (":bernoulli_1", ":dropout_1")
-    x = torch.randn(6, 32, dtype=torch.float64)
+    x = torch.randn(6, 5, 32, dtype=torch.float64)
     assert "d" in check_step(original, compiled, (x,), dtype=torch.float64, left_alone=others)
