@@ -79,6 +79,9 @@ def _call(node: fx.Node) -> Call | None:
         return None
     if any(not isinstance(user.args[1] if user.target is operator.getitem else None, int) for user in node.users):
         return None
+    each, rest = divmod(len(params), given["num_layers"] * (2 if given["bidirectional"] else 1))
+    if rest or each - 2 * bool(given["has_biases"]) not in (2, 3):  # which is an error
+        return None
     return Call(
         RECURRENT_FUNCTIONS[node.target],
         cast(fx.Node, x),

@@ -179,3 +179,14 @@ def test_operand_without_a_value_stays_whole() -> None:
     module, _, _ = by_hand()
     next(iter(module.graph.nodes)).meta["val"] = None
     assert not run(module)
+
+
+def test_weights_of_another_number_stay_an_error() -> None:
+    """PyTorch refuses them; layer by layer they might fit by chance."""
+    module, _, values = by_hand()
+    (function,) = calls(module, torch.lstm)
+    function.args = (*function.args[:3], False, *function.args[4:])  # no biases
+    assert not run(module)
+    module.recompile()
+    with pytest.raises(RuntimeError, match="weights"):
+        module(*values)

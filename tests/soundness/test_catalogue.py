@@ -25,7 +25,8 @@ def places(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]
     """(parent, name) of each submodule of a kind, but of those whose weights are made by others."""
     found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()]
     fitting = [(parent, name) for parent, name in found if isinstance(getattr(parent, name), kind)]
-    return [(parent, name) for parent, name in fitting if not is_parametrized(getattr(parent, name))]
+    own = [(parent, name) for parent, name in fitting if not is_parametrized(getattr(parent, name))]
+    return [(p, name) for p, name in own if kind is not nn.Linear or "weight" in getattr(p, name)._parameters]
 
 
 def of_kind(model: nn.Module, kind: Any) -> list[Any]:
