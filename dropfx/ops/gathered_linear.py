@@ -29,13 +29,10 @@ class _GatheredLinear(torch.autograd.Function):
         weight: Tensor,
         compact: Tensor,
         bias: Tensor | None,
-        rows: Tensor | None,
-        row_run: int,
-        cols: Tensor | None,
-        col_run: int,
-        scale: float,
+        *told: Any,
     ) -> Tensor:
         """y [*, N'], in whose derivative `compact` stands for the weight."""
+        rows, row_run, cols, col_run, scale = told
         ctx.again = worth_gathering_again(x, compact)
         ctx.save_for_backward(x, weight if ctx.again else compact, rows, cols)
         ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype

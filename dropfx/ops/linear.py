@@ -145,6 +145,19 @@ def _gradients(
     return dx, dw, db
 
 
+def kept_axes(
+    rows: Tensor | None,
+    row_run: int,
+    cols: Tensor | None,
+    col_run: int,
+    scale: float,
+    row_leading: int = 0,
+    col_leading: int = 0,
+) -> tuple[Kept | None, Kept | None, float]:
+    """What the flat arguments behind a product's operands tell: the weight's kept rows and columns, and the scale."""
+    return Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading), scale
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -164,18 +177,8 @@ def _linear(
     return _product(x, weight, bias, parts, scale)
 
 
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    row_leading: int = 0,
-    col_leading: int = 0,
-) -> Tensor:
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
+    rows, row_run, *_ = told
     return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.size(-1) * row_run])
 
 
@@ -202,19 +205,8 @@ def _linear_backward(
     )
 
 
-def _linear_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    mask: list[bool],
-    row_leading: int = 0,
-    col_leading: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, *told: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mask: list[bool] = told[5]
     return (
         x.new_empty(x.shape if mask[0] else 0),
         _like(weight) if mask[1] else weight.new_empty(0),
@@ -257,21 +249,10 @@ autocast("linear")
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rows: Tensor | None,
-        row_run: int,
-        cols: Tensor | None,
-        col_run: int,
-        scale: float,
-        row_leading: int = 0,
-        col_leading: int = 0,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
         """y [*, N'] = scale * x [*, K'] @ W[rows, cols]^T + b[rows]; the kept weight is held for the input gradient."""
-        parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
+        rows, cols, scale = kept_axes(*told)
+        parts = _parts(x, weight, rows, cols)
         ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)

@@ -227,20 +227,8 @@ def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> 
 # -- linear and activation ----------------------------------------------------------------------------------------
 
 
-def _activated_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    row_leading: int,
-    col_leading: int,
-    activation: str,
-) -> Tensor:
-    return linear._linear_fake(x, weight, bias, rows, row_run, cols, col_run, scale)
+def _activated_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
+    return linear._linear_fake(x, weight, bias, *told)
 
 
 def _save_activated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
