@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.emit import Emitter, fake_value
-from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.nodes import argument, op_name, switched_off, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
@@ -31,12 +31,18 @@ def time_major(module: fx.GraphModule, context: Context) -> PassResult:
         value = value_of(node)
         # a mask made by hand names the axes along which it is one
         last = DROPOUT_FUNCTIONS.get(node.target) == -1 and node.target is not shared_dropout
-        if last and "pinned" not in notes(node) and value is not None and value.dim() == 3:
+        if last and "pinned" not in notes(node) and value is not None and value.dim() == 3 and _drops(node):
             _turn(node)
             modified = True
     if modified:
         _copy_where_views_need_it(module.graph)
     return PassResult(module, modified)
+
+
+def _drops(site: fx.Node) -> bool:
+    """Whether it drops in this graph; else it returns its input itself, under no_grad with the input's gradient."""
+    known = notes(site).get("site")
+    return not switched_off(site) and (known.rate if known is not None else argument(site, 1, "p", 0.5)) != 0
 
 
 def _copy_where_views_need_it(graph: fx.Graph) -> None:

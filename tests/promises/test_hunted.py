@@ -398,3 +398,27 @@ def test_a_mask_of_the_model_that_nobody_reads_is_drawn() -> None:
     x, y = torch.randn(6, 6, 24, dtype=torch.float64), torch.randn(9, 9, dtype=torch.float64)
     masks = check_step(original, compiled, (x, y), dtype=torch.float64, left_alone=(":bernoulli_1", "last"))
     assert set(masks) == {"drop"}
+
+
+@pytest.mark.parametrize("rate", [0.0, None])
+def test_a_dropout_that_drops_nothing_under_no_grad_is_not_turned(rate: float | None) -> None:
+    """It returns its input itself, whose gradient goes on (fuzzed: seed 0, index 9919)."""
+
+    class Quiet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quiet, self.first, self.drop = nn.Dropout(0.5), nn.Linear(32, 64), nn.Dropout(0.5)
+            self.rnn = nn.RNN(64, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                same = self.quiet(x)
+            return self.rnn(self.drop(self.first(same) + self.first(x)))[0]
+
+    original = Quiet().double()
+    compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0, groups="time")
+    for model in (original, compiled):
+        model.quiet.p = 0.5 if rate is None else rate
+        model.quiet.train(rate is not None)
+    x = torch.randn(4, 6, 32, dtype=torch.float64)
+    assert set(check_step(original, compiled, (x,), dtype=torch.float64)) == {"drop"}
