@@ -14,6 +14,7 @@ from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
 from dropfx.graph.pass_infra import Site
+from dropfx.graph.size_origin import is_fixed
 from dropfx.planning.batch_statistics import reached_statistic
 
 GEMMS = ("linear", "embedding")
@@ -107,7 +108,9 @@ def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | N
     if op_name(node) in GEMMS:
         return region.wants.get(node, {}) if at == UnitAxis(-1) and _gatherable(node) else None
     rule = rule_of(node)
-    return None if rule is None else rule.operands(node, at)
+    operands = None if rule is None else rule.operands(node, at)
+    merges = operands is not None and any(axis.factor > at.factor for axis in operands.values())
+    return None if merges and not _fixed_behind(node, at) else operands
 
 
 def same_rows(operand: fx.Node, reader: fx.Node, axis: UnitAxis) -> bool:
@@ -232,12 +235,20 @@ def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: s
     found = {rule.output(node, operand, region.forms[operand]) for operand in read}
     at = found.pop()
     operands = None if found or at is None else rule.operands(node, at)
-    if operands is None or any(operands.get(operand) != region.forms[operand] for operand in read):
+    if operands is None or at is None or any(operands.get(operand) != region.forms[operand] for operand in read):
+        return None
+    if any(at.factor > region.forms[o].factor and not _fixed_behind(o, region.forms[o]) for o in read):
         return None
     if region.leading is not None and not _keeps_groups(region, node, read):
         return None
     region.wants[node] = operands
     return at
+
+
+def _fixed_behind(node: fx.Node, axis: UnitAxis) -> bool:
+    """Whether the sizes behind an axis are the same in every call: merged with it, they are numbers of the plan."""
+    value = value_of(node)
+    return value is not None and all(is_fixed(node, value.dim() + dim) for dim in range(axis.dim + 1, 0))
 
 
 def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:

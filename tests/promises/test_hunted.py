@@ -422,3 +422,21 @@ def test_a_dropout_that_drops_nothing_under_no_grad_is_not_turned(rate: float | 
         model.quiet.train(rate is not None)
     x = torch.randn(4, 6, 32, dtype=torch.float64)
     assert set(check_step(original, compiled, (x,), dtype=torch.float64)) == {"drop"}
+
+
+def test_channels_that_are_flattened_with_steps_of_changing_number() -> None:
+    """How many places a channel has in the flat axis is a number of the plan only where no call changes it."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.drop = nn.Linear(16, 64), nn.Dropout1d(0.5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y + self.drop(torch.tanh(self.up(x)).transpose(1, 2)).flatten(1)
+
+    original = Flat().double()
+    compiled = dropfx.compile(copy.deepcopy(original), min_speedup=0)
+    for steps in (5, 7, 9, 3):
+        x, y = torch.randn(4, steps, 16, dtype=torch.float64), torch.randn(4, 64 * steps, dtype=torch.float64)
+        assert set(check_step(original, compiled, (x, y), dtype=torch.float64)) == {"drop"}
