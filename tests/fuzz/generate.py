@@ -16,7 +16,8 @@ from tests.fuzz.oracle import Raised, finite, train_step
 from tests.fuzz.program import PRELUDE, Program, Statement, change
 from tests.fuzz.steps import options, steps
 
-SHAPES: tuple[tuple[int | str, ...], ...] = (("b",), ("b", 6), ("b", 6), ("b", 6), ("b", 4, 6))
+SHAPES: tuple[tuple[int | str, ...], ...] = (("b",), ("b", 6), ("b", 6), ("b", "n"), ("b", 4, 6))
+"""Of x without its last axis; "b" and "n" are the lengths that vary."""
 RATES = (0.5, 0.5, 0.5, 0.25, 0.3, 0.75, 0.1)
 
 
@@ -45,7 +46,7 @@ class Maker:
         self.setup: list[str] = []
         self.body: list[Statement] = []
         self.values: dict[str, Tensor] = {}
-        sizes = [BATCH if size == "b" else int(size) for size in shape]
+        sizes = [{"b": BATCH, "n": NODES}.get(str(size)) or int(size) for size in shape]
         for name, made in (("x", sizes), ("a", [NODES, NODES]), ("f", [NODES, width])):
             self.names[name] = torch.randn(*made, dtype=torch.float64, requires_grad=True)
         self.names["i"] = torch.randint(20, (BATCH, 6))

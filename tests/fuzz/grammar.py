@@ -143,6 +143,13 @@ DROPOUTS = [
     ),
     *rules("in-place dropout", 2, any_shape, "$ = {drop_}({v})", "{drop_}({v})", "{drop_}({v}.view({v}.shape))"),
     *rules("channels", 2, rank(3), "$ = {drop1d}({v})", "$ = F.dropout1d({v}, {p}, self.training)"),
+    *rules(
+        "merged channels",
+        1,
+        both(units, rank(3)),
+        "t = torch.tanh({linear}({v})).transpose(1, 2)\n$ = t.flatten(1) * 0.5 + {drop1d}(t).flatten(1)",
+        "t = {linear}({v})\n$ = t.flatten(1) - {drop}(t.relu()).flatten(1)",
+    ),
     *rules("channels 2d", 2, rank(4), "$ = {drop2d}({v})", "$ = F.dropout2d({v}, {p}, self.training)"),
     *rules("dropped weight", 1, units, "$ = F.linear({v}, {drop}({linear}.weight), {linear}.bias)"),
     *rules(

@@ -77,7 +77,7 @@ class Program:
     setup: tuple[str, ...]
     body: tuple[Statement, ...]
     outputs: tuple[str, ...]
-    shape: tuple[int | str, ...]  # of x; "b" is the batch
+    shape: tuple[int | str, ...]  # of x; "b" is the batch, "n" the nodes
     width: int  # of f
     steps: tuple[Step, ...]
     options: str  # of dropfx, as keywords
@@ -119,7 +119,7 @@ class Program:
 
     def inputs(self, step: Step, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
-        sizes = [step.batch if size == "b" else int(size) for size in self.shape]
+        sizes = [{"b": step.batch, "n": step.nodes}.get(str(size)) or int(size) for size in self.shape]
         sizes[-1] += 3 if step.bad else 0
         floats = {"x": sizes, "a": [step.nodes, step.nodes], "f": [step.nodes, self.width]}
         made = {k: torch.randn(*v, generator=draw, dtype=torch.float64).to(dtype) for k, v in floats.items()}

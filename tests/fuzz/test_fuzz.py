@@ -88,3 +88,18 @@ def test_an_error_of_dropfx_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 def test_dead_code_is_left_out() -> None:
     program = feed_forward().replaced(outputs=("v1",))
     assert [statement.target for statement in live(program).body] == ["v0", "v1"]
+
+
+def test_dropouts_are_written_out_of_place() -> None:
+    lines = ("F.dropout(v1, 0.5, self.training, True)\nv2 = v1", "v3 = F.dropout(v2, 0.5, self.training, inplace=True)")
+    program = feed_forward().replaced(
+        setup=("self.drop4 = nn.Dropout(0.5, inplace=True)",),
+        body=tuple(Statement(text, "", "", "") for text in (*lines, "self.drop4(v3)\nv4 = v3")),
+    )
+    made = checking._out_of_place(program)
+    assert made.setup == ("self.drop4 = nn.Dropout(0.5)",)
+    assert [statement.text for statement in made.body] == [
+        "v1 = F.dropout(v1, 0.5, self.training)\nv2 = v1",
+        "v3 = F.dropout(v2, 0.5, self.training)",
+        "v3 = self.drop4(v3)\nv4 = v3",
+    ]
