@@ -145,9 +145,8 @@ def _layer(
     states: list[fx.Node | None] = [emit("select", state, 0, place) for state in call.states]
     states += [None] * (2 - len(states))
     reverse = place % call.directions == 1
-    made = emit(
-        ops.recurrence_op, call.kind, pre, *states, w_hh, b_hh if gru else None, w_hr, call.batch_sizes, reverse
-    )
+    operands = pre, *states, w_hh, b_hh if gru else None, w_hr, call.batch_sizes, reverse
+    made = emit(ops.recurrence_op, *ops.flat(ops.recurrence_op, call.kind, *operands, None, None))
     return [emit(operator.getitem, made, number) for number in range(1 + len(call.states))]
 
 

@@ -10,8 +10,8 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.pass_infra import Context, PassResult
 
-_SCALED = {ops.linear_op: (0, 7), ops.residual_add_op: (1, 6)}
-"""Op -> positions of the operand that a scale may leave and of the op's own scale."""
+_SCALED = {ops.linear_op: 0, ops.residual_add_op: 1}
+"""Op -> position of the operand that a scale may leave; the op's own scale is its reference's last argument."""
 
 
 def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
@@ -21,12 +21,11 @@ def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
     for node in module.graph.nodes:
         if node.target is not ops.scale_units or node.args[1] not in scalar:
             continue
-        for user in list(node.users):
-            operand, own = _SCALED.get(user.target, (None, None))
-            if operand is None or own is None or user.args[operand] is not node or user.args[own] != 1.0:
-                continue
-            if user.args.count(node) == 1:
-                user.update_arg(operand, node.args[0])
-                user.update_arg(own, node.args[1])
+        for user in [user for user in node.users if user.target in _SCALED]:
+            *operands, own = ops.grouped(user.target, user.args)
+            place = _SCALED[user.target]
+            if operands[place] is node and own == 1.0 and user.args.count(node) == 1:
+                operands[place], own = node.args[:2]
+                user.args = ops.flat(user.target, *operands, own)
                 modified = True
     return PassResult(module, modified)

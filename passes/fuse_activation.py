@@ -29,9 +29,9 @@ def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
         name = op_name(reader)
         if name not in FROM_OUTPUT:
             continue
-        arguments = (*node.args, 0, 0)[:10]  # the two last ones, the groups' lengths, have defaults
+        args = ops.flat(activated_linear_op, *ops.grouped(node.target, node.args), name)
         with module.graph.inserting_before(reader):
-            new = insert(module.graph, activated_linear_op, (*arguments, name), like=reader)
+            new = insert(module.graph, activated_linear_op, args, like=reader)
         reader.replace_all_uses_with(new)
         module.graph.erase_node(reader)
         module.graph.erase_node(node)

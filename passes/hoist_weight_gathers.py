@@ -32,35 +32,35 @@ def hoist_weight_gathers(module: fx.GraphModule, context: Context) -> PassResult
 
 def _key(node: fx.Node, context: Context) -> Any:
     """What products must have in common; None where each group of rows has a kept weight of its own."""
-    forms, weight, bias = forms_of(node), node.args[1], node.args[2]
-    assert isinstance(weight, fx.Node)
+    forms = forms_of(node)
+    _, weight, bias, _, _, scale = ops.grouped(ops.linear_op, node.args)
     if any(form is not None and context.sites[form.site].groups > 1 for form in forms):
         return None
     if any(isinstance(given, fx.Node) and "pinned" in notes(given) for given in (weight, bias)):
         return None  # it may be written between the products
     # under another grad mode or autocast it would be another value
-    return matrix_of(weight), forms, node.args[7], notes(node).get("after_effects")
+    return matrix_of(weight), forms, scale, notes(node).get("after_effects")
 
 
 def _share(nodes: list[fx.Node]) -> None:
     graph = nodes[0].graph
-    weight, _, rows, row_run, cols, col_run, scale = nodes[0].args[1:8]
+    _, weight, _, rows, cols, scale = ops.grouped(ops.linear_op, nodes[0].args)
     biases: dict[Any, Any] = {}
     with graph.inserting_before(nodes[0]):
-        kept = _gather(_gather(weight, rows, row_run, 0), cols, col_run, 1)
+        kept = _gather(_gather(weight, rows, 0), cols, 1)
         if scale != 1.0:
             kept = insert(graph, ops.scale_units, (kept, scale, -1), like=kept)
     for node in nodes:
         x, _, bias, *_ = node.args
         with graph.inserting_before(node):
             if bias not in biases:
-                biases[bias] = _gather(bias, rows, row_run, 0)
+                biases[bias] = _gather(bias, rows, 0)
             product = insert(graph, F.linear, (x, kept, biases[bias]), like=node)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
 
 
-def _gather(value: Any, starts: Any, run: Any, dim: int) -> Any:
-    if value is None or starts is None:
+def _gather(value: Any, kept: ops.Kept | None, dim: int) -> Any:
+    if value is None or kept is None:
         return value
-    return insert(value.graph, ops.gather_op, (value, starts, run, dim, 0), like=value)
+    return insert(value.graph, ops.gather_op, ops.flat(ops.gather_op, value, kept, dim), like=value)

@@ -35,16 +35,17 @@ def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
 
 def _keeps_weight(node: fx.Node) -> bool:
     """Whether W_hh is compact, which no function in one piece takes."""
-    return len(node.args) > 9
+    *_, rows, cols = ops.grouped(ops.recurrence_op, node.args)
+    return rows is not None or cols is not None
 
 
 class _Inputs(NamedTuple):
-    """What the product of the inputs reads; `cols`: starts and run of the kept columns of its weight."""
+    """What the product of the inputs reads; `cols`: the kept columns of its weight."""
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    cols: tuple[Any, Any] | None
+    cols: ops.Kept | None
 
 
 def _inputs(node: fx.Node) -> _Inputs | None:
@@ -53,20 +54,19 @@ def _inputs(node: fx.Node) -> _Inputs | None:
     if len(linear.users) > 1:
         return None
     if linear.target is ops.linear_op:
-        x, weight, bias, rows, _, starts, run, scale, *leading = linear.args
-        if rows is not None or scale != 1.0 or any(leading):
+        x, weight, bias, rows, cols, scale = ops.grouped(ops.linear_op, linear.args)
+        if rows is not None or scale != 1.0 or (cols is not None and cols.leading):
             return None
-        cols: tuple[Any, Any] | None = None if starts is None else (starts, run)
     elif linear.target is F.linear:
         x, weight, bias = linear.args[0], linear.args[1], argument(linear, 2, "bias")
         cols = None
     else:
         return None
-    return _Inputs(cast(fx.Node, x), cast(fx.Node, weight), cast("fx.Node | None", bias), cols)
+    return _Inputs(x, weight, bias, cols)
 
 
 def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
-    graph, reverse = node.graph, node.args[-1]
+    graph, reverse = node.graph, node.args[8]
     device = cast(torch.Tensor, value_of(node.args[1])).device
     with graph.inserting_before(node):
         biases = _biases(graph, inputs.bias, node.args[5])
@@ -75,7 +75,7 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
         else:
             weight = inputs.weight
             if inputs.cols is not None:
-                weight = graph.call_function(ops.gather_op, (weight, *inputs.cols, 1, 0))
+                weight = graph.call_function(ops.gather_op, ops.flat(ops.gather_op, weight, inputs.cols, 1))
             x = graph.call_method("flip", (inputs.x, 0)) if reverse else inputs.x
             results = _function(node, x, weight, biases, context)
             results[0] = graph.call_method("flip", (results[0], 0)) if reverse else results[0]
@@ -87,15 +87,14 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
 
 def _one_dnn(node: fx.Node, inputs: _Inputs, biases: list[fx.Node]) -> list[fx.Node]:
     """Output and last states by an op of ours around oneDNN's, for compilers."""
-    _, pre, h0, c0, w_hh, *_, reverse = node.args
+    _, pre, h0, c0, w_hh, _, _, _, reverse, *_ = node.args
     graph, x = node.graph, inputs.x
     if not biases:
         gates = cast(torch.Tensor, value_of(pre)).size(-1)
         biases = [graph.call_method("new_zeros", (w_hh, (gates,)))] * 2
     operands = x, inputs.weight, w_hh, *biases, h0, c0
-    made = graph.call_function(
-        ops.lstm_layer_op, (*operands, reverse, _kept_size(x, w_hh), *(inputs.cols or (None, 0)))
-    )
+    args = ops.flat(ops.lstm_layer_op, *operands, reverse, _kept_size(x, w_hh), inputs.cols)
+    made = graph.call_function(ops.lstm_layer_op, args)
     return [graph.call_function(operator.getitem, (made, number)) for number in range(3)]
 
 
@@ -108,7 +107,7 @@ def _kept_size(x: fx.Node, w_hh: Any) -> int | None:
 
 def _function(node: fx.Node, x: fx.Node, weight: fx.Node, biases: list[fx.Node], context: Context) -> list[fx.Node]:
     """Output and last states by PyTorch's function, as an opaque op for compilers."""
-    kind, pre, h0, c0, w_hh, _, w_hr, batch_sizes, _ = node.args
+    kind, pre, h0, c0, w_hh, _, w_hr, batch_sizes, *_ = node.args
     graph = node.graph
     weights: Any = [w for w in (weight, w_hh, *biases, w_hr) if w is not None]
     in_buffer = cast(torch.Tensor, value_of(pre)).device.type == "cuda"

@@ -21,10 +21,12 @@ def keep_weights(module: fx.GraphModule, context: Context) -> PassResult:
         if node.target is not ops.linear_op or not _one_copy(node, context):
             continue
         with module.graph.inserting_before(node):
-            detached = module.graph.call_method("detach", (node.args[1],))  # its gradient is made by the product
-            kept = module.graph.call_function(ops.gathered_weight_op, (detached, *node.args[3:7]))
-        x, weight, bias, *runs = node.args[:8]
-        node.target, node.args = ops.gathered_linear, (x, weight, kept, bias, *runs)
+            x, weight, *rest = node.args
+            *_, rows, cols, _ = ops.grouped(ops.linear_op, node.args)
+            detached = module.graph.call_method("detach", (weight,))  # its gradient is made by the product
+            args = ops.flat(ops.gathered_weight_op, detached, rows, cols)
+            kept = module.graph.call_function(ops.gathered_weight_op, args)
+        node.target, node.args = ops.gathered_linear, (x, weight, kept, *rest)
         modified = True
     return PassResult(module, modified)
 

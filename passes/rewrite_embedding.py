@@ -23,8 +23,8 @@ def rewrite_embedding(module: fx.GraphModule, context: Context) -> PassResult:
         assert value is not None
         padding_idx = -1 if padding is None else padding % value.size(0)
         with graph.inserting_before(node):
-            starts, run, leading = kept_of(graph, notes(node)["form"], context)
-            args = (argument(node, 0, "input"), weight, starts, run, padding_idx, leading)
+            kept = kept_of(graph, notes(node)["form"], context)
+            args = ops.flat(ops.embedding_op, argument(node, 0, "input"), weight, kept, padding_idx)
             new = insert(graph, ops.embedding_op, args, like=node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

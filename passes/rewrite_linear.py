@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, op_name
-from dropfx.graph.notes import notes
+from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.passes.rewrite_sites import DENSE, KeptNodes, kept_of
+from dropfx.passes.rewrite_sites import kept_of
 
 
 def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
@@ -24,8 +22,7 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
             rows = _kept(graph, notes(node).get("form"), context)
             cols = _kept(graph, next(iter(notes(node).get("reads", {}).values()), None), context)
-            runs = rows.starts, rows.run, cols.starts, cols.run
-            args = (x, weight, argument(node, 2, "bias"), *runs, 1.0, rows.leading, cols.leading)
+            args = ops.flat(ops.linear_op, x, weight, argument(node, 2, "bias"), rows, cols, 1.0)
             new = insert(graph, ops.linear_op, args, like=node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -33,5 +30,5 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
     return PassResult(module, modified)
 
 
-def _kept(graph: fx.Graph, form: Any, context: Context) -> KeptNodes:
-    return DENSE if form is None else kept_of(graph, form, context)
+def _kept(graph: fx.Graph, form: Form | None, context: Context) -> ops.Kept | None:
+    return None if form is None else kept_of(graph, form, context)

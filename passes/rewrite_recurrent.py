@@ -7,7 +7,7 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.passes.rewrite_sites import DENSE, kept_of
+from dropfx.passes.rewrite_sites import kept_of
 
 
 def rewrite_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
@@ -15,12 +15,13 @@ def rewrite_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
         forms = list(notes(node).get("reads", {}).values())
-        if not forms or len(node.args) > 9:
+        *given, rows, cols = ops.grouped(ops.recurrence_op, node.args)
+        if not forms or rows is not None or cols is not None:
             continue
         (form,) = forms
         with module.graph.inserting_before(node):
             kept = kept_of(module.graph, form, context)
-        rows, cols = (kept, DENSE) if form.axis.dim == -2 else (DENSE, kept)
-        node.args = (*node.args, rows.starts, rows.run, cols.starts, cols.run)
+        rows, cols = (kept, None) if form.axis.dim == -2 else (None, kept)
+        node.args = ops.flat(ops.recurrence_op, *given, rows, cols)
         modified = True
     return PassResult(module, modified)

@@ -39,8 +39,8 @@ def _rewrite(node: fx.Node, context: Context) -> None:
         if compact_first and alpha != 1:
             base = insert(graph, operator.mul, (base, alpha), like=node)
         units = value.shape[form.axis.dim]
-        starts, run, leading = kept_of(graph, form, context)
-        args = (base, branch, starts, run, form.axis.dim, units, scale, leading)
+        kept = kept_of(graph, form, context)
+        args = ops.flat(ops.residual_add_op, base, branch, kept, form.axis.dim, units, scale)
         new = insert(graph, ops.residual_add_op, args, like=node)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

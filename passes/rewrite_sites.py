@@ -7,7 +7,7 @@ dense spelling.
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
@@ -41,25 +41,14 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
     return PassResult(module, bool(context.draws))
 
 
-class KeptNodes(NamedTuple):
-    """What a gathered op is given of an axis: starts and run length, in its positions; rows, where groups need them."""
-
-    starts: Any
-    run: Any
-    leading: Any
-
-
-DENSE = KeptNodes(None, 0, 0)
-
-
-def kept_of(graph: fx.Graph, form: Form, context: Context) -> KeptNodes:
-    """Nodes of what a form keeps."""
-    draw = context.draws[form.site]
+def kept_of(graph: fx.Graph, form: Form, context: Context) -> ops.Kept:
+    """What a form keeps, in positions of its axis, as nodes."""
+    draw: Any = context.draws[form.site]
     starts, run, leading = draw["starts"], draw["run"], draw.get("leading", 0)
     if form.axis.factor > 1:
         starts = graph.call_function(operator.mul, (starts, form.axis.factor))
         run = graph.call_function(operator.mul, (run, form.axis.factor))
-    return KeptNodes(starts, run, leading)
+    return ops.Kept(starts, run, leading)
 
 
 def _gather(
@@ -77,8 +66,8 @@ def _gather(
     # under another grad mode or autocast it would be another value
     key = (source, form, notes(reader).get("after_effects"))
     if key not in done or "pinned" in notes(dense):  # a write between two readers changes what they take
-        starts, run, leading = kept_of(graph, form, context)
-        done[key] = insert(graph, ops.gather_op, (source, starts, run, form.axis.dim, leading), like=dense)
+        args = ops.flat(ops.gather_op, source, kept_of(graph, form, context), form.axis.dim)
+        done[key] = insert(graph, ops.gather_op, args, like=dense)
         notes(done[key]).pop("reads", None)
         notes(done[key])["form"] = form
     return done[key]
@@ -90,8 +79,8 @@ def _scatter(operand: fx.Node, form: Form, context: Context, done: dict[Any, fx.
         graph, value = operand.graph, value_of(operand)
         assert value is not None
         units = value.shape[form.axis.dim]
-        starts, run, leading = kept_of(graph, form, context)
-        done[key] = insert(graph, ops.scatter_op, (operand, starts, run, form.axis.dim, units, leading), like=operand)
+        args = ops.flat(ops.scatter_op, operand, kept_of(graph, form, context), form.axis.dim, units)
+        done[key] = insert(graph, ops.scatter_op, args, like=operand)
         done[key].meta = {"val": value}
     return done[key]
 

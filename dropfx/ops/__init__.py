@@ -1,9 +1,10 @@
 """Gathered ops: what a rewritten graph calls."""
 
-from dropfx.ops.define import EAGER
+from dropfx.ops.define import EAGER, flat, grouped
 from dropfx.ops.embedding import embedding_op
 from dropfx.ops.gathered_linear import gathered_linear
 from dropfx.ops.gathered_weight import gathered_weight_op
+from dropfx.ops.kept import Kept
 from dropfx.ops.linear import linear_op
 from dropfx.ops.recurrent.as_written import recurrent_as_written_op
 from dropfx.ops.recurrent.buffer import in_one_buffer
@@ -16,7 +17,10 @@ from dropfx.ops.units import gather_op, scale_units, scatter_op, spread_rows
 
 __all__ = [
     "EAGER",
+    "Kept",
     "embedding_op",
+    "flat",
+    "grouped",
     "recompute_gather",
     "in_one_buffer",
     "gathered_linear",

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops.define import INSTEAD, whole
+from dropfx.ops.define import INSTEAD, by, grouped, padded, whole
 from dropfx.ops.gathered_weight import gathered_weight_op, worth_gathering_again
-from dropfx.ops.kept import Kept
+from dropfx.ops.kept import Kept, save_kept, saved_kept
+from dropfx.ops.linear import linear_op
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import gather, stored_transposed
 
@@ -29,16 +30,15 @@ class _GatheredLinear(torch.autograd.Function):
         weight: Tensor,
         compact: Tensor,
         bias: Tensor | None,
-        *told: Any,
+        rows: Kept | None,
+        cols: Kept | None,
+        scale: float,
     ) -> Tensor:
         """y [*, N'], in whose derivative `compact` stands for the weight."""
-        rows, row_run, cols, col_run, scale = told
         ctx.again = worth_gathering_again(x, compact)
-        ctx.save_for_backward(x, weight if ctx.again else compact, rows, cols)
-        ctx.runs, ctx.scale, ctx.shape, ctx.dtype = (row_run, col_run), scale, weight.shape, weight.dtype
-        ctx.flipped = stored_transposed(weight)
-        kept = Kept.of(rows, row_run)
-        return whole(scaled_linear(x, compact, bias if bias is None or kept is None else gather(bias, 0, kept), scale))
+        save_kept(ctx, rows, cols, tensors=(x, weight if ctx.again else compact))
+        ctx.scale, ctx.shape, ctx.dtype, ctx.flipped = scale, weight.shape, weight.dtype, stored_transposed(weight)
+        return whole(scaled_linear(x, compact, bias if bias is None or rows is None else gather(bias, 0, rows), scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -49,14 +49,12 @@ class _GatheredLinear(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
-        x, kept, row_starts, col_starts = ctx.saved_tensors
-        at = row_starts, ctx.runs[0], col_starts, ctx.runs[1]
-        rows, cols = Kept.of(*at[:2]), Kept.of(*at[2:])
+        (rows, cols), (x, kept) = saved_kept(ctx)
         wants_x, wants_weight, _, wants_bias, *_ = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.size(-1))
         dx = dw = db = None
         if wants_x:
-            compact = gathered_weight_op(kept, *at, after=grad) if ctx.again else kept
+            compact = by(gathered_weight_op)(kept, rows, cols, grad) if ctx.again else kept
             dx = scaled_mm(dy, compact.to(dy.dtype), ctx.scale).to(x.dtype).view(x.shape)
         if wants_weight:
             flat, (n, k) = x.reshape(-1, x.size(-1)).to(dy.dtype), ctx.shape
@@ -66,7 +64,7 @@ class _GatheredLinear(torch.autograd.Function):
                 dw = _spread(scaled_mm(dy.t(), flat, ctx.scale).to(ctx.dtype), (rows, n), (cols, k))
         if wants_bias:
             db = _spread(dy.sum(0).to(ctx.dtype), (rows, ctx.shape[0]))
-        return dx, dw, None, db, *[None] * 5
+        return padded(ctx, dx, dw, None, db)
 
 
 def _spread(y: Tensor, *axes: tuple[Kept | None, int]) -> Tensor:
@@ -98,10 +96,11 @@ def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
     return y.index_select(dim, slots.clamp(min=0)).masked_fill((slots < 0).view(shape), 0)
 
 
-def gathered_linear(*operands: Any) -> Tensor:
-    """The product of (x, weight, compact, bias, rows, row_run, cols, col_run, scale), as `_KeptLinear` names them.
+def gathered_linear(x: Tensor, weight: Tensor, compact: Tensor, *rest: Any) -> Tensor:
+    """The product, with the arguments of `linear_op` and, behind the weight, `compact`.
 
     compact: W[rows][:, cols], by `gathered_weight`. W's own values are not read.
     """
-    made: Tensor = _GatheredLinear.apply(*operands)  # type: ignore[no-untyped-call]
+    *_, bias, rows, cols, scale = grouped(linear_op, (x, weight, *rest))
+    made: Tensor = _GatheredLinear.apply(x, weight, compact, bias, rows, cols, scale)  # type: ignore[no-untyped-call]
     return made

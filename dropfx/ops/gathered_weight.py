@@ -32,25 +32,17 @@ def worth_gathering_again(x: Tensor, compact: Tensor) -> bool:
     return all(type(n) is int for n in sizes) and sizes[0] >= _GATHER_AGAIN and sizes[1] > 2 * sizes[2]
 
 
-def _gathered_weight(
-    weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    after: Tensor | None = None,
-) -> Tensor:
-    out = GatheredWeight(weight, Kept.of(rows, row_run), Kept.of(cols, col_run)).gather(weight)
+def _gathered_weight(weight: Tensor, rows: Kept | None, cols: Kept | None, after: Tensor | None = None) -> Tensor:
+    out = GatheredWeight(weight, rows, cols).gather(weight)
     # a window: a registered op may not return a view of its input
     if torch._C._is_alias_of(out, weight):  # type: ignore[attr-defined]
-        return _gathered_weight_fake(weight, rows, row_run, cols, col_run).copy_(out)
+        return _gathered_weight_fake(weight, rows, cols).copy_(out)
     return out
 
 
-def _gathered_weight_fake(weight: Tensor, *runs_of_axes: Any) -> Tensor:
-    rows, row_run, cols, col_run, *_ = runs_of_axes
-    n = weight.size(0) if rows is None else rows.size(-1) * row_run
-    k = weight.size(1) if cols is None else cols.size(-1) * col_run
+def _gathered_weight_fake(weight: Tensor, rows: Kept | None, cols: Kept | None, *_: Any) -> Tensor:
+    n = weight.size(0) if rows is None else rows.width
+    k = weight.size(1) if cols is None else cols.width
     return weight.new_empty(k, n).t() if stored_transposed(weight) else weight.new_empty(n, k)
 
 

@@ -1,13 +1,12 @@
 """What a gathered op is told of an axis: which units are kept, as runs, for all rows or for each group of them.
 
-Ops are registered with flat arguments, which is all that a schema knows: starts, run, leading. Everything behind that
-takes a `Kept`, or None for a dense axis.
+None stands for a dense axis. The schemas of registered ops, which know no structs, have the fields (`flat`).
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ class Kept(NamedTuple):
             of rows have units of their own.
         run: units in a run.
         leading: length of the axis along which groups lie; 0 without groups.
+
+    In a graph that is being rewritten the fields are nodes.
     """
 
     starts: Tensor
@@ -29,15 +30,15 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, starts: Tensor | None, run: int, leading: int = 0) -> Kept | None:
-        """What an op's flat arguments stand for; None where the axis is dense."""
+        """What the fields in a row stand for; None where the axis is dense."""
         return None if starts is None else cls(starts, run, leading)
 
     # -- of one draw ---------------------------------------------------------------------------------------------------
 
     @property
     def width(self) -> int:
-        """Kept positions, padding included."""
-        return self.starts.numel() * self.run
+        """Kept positions of a row, padding included."""
+        return self.starts.size(-1) * self.run
 
     def window(self) -> int | None:
         """Start of the one run, where reading it costs no device synchronisation."""
@@ -88,3 +89,18 @@ def _sizes(leading: int, groups: int) -> list[int]:
     """Leading positions of each group, as `torch.tensor_split` does it."""
     size, more = divmod(leading, groups)
     return [size + (group < more) for group in range(groups)]
+
+
+# -- for backward -----------------------------------------------------------------------------------------------------
+
+
+def save_kept(ctx: Any, *axes: Kept | None, tensors: tuple[Tensor | None, ...] = ()) -> None:
+    """Save axes and other tensors with an autograd context, as its saved tensors."""
+    ctx.save_for_backward(*(None if axis is None else axis.starts for axis in axes), *tensors)
+    ctx.axes = [(0, 0) if axis is None else (axis.run, axis.leading) for axis in axes]
+
+
+def saved_kept(ctx: Any) -> tuple[list[Kept | None], list[Any]]:
+    """The axes and the other tensors of `save_kept`."""
+    saved, count = ctx.saved_tensors, len(ctx.axes)
+    return [Kept.of(starts, *rest) for starts, rest in zip(saved, ctx.axes, strict=False)], list(saved[count:])

@@ -12,16 +12,16 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import autocast, define, eager, first_derivative_only, whole
+from dropfx.ops.define import autocast, by, define, differentiable, eager, first_derivative_only, padded, whole
 from dropfx.ops.gathered_weight import worth_gathering_again
 from dropfx.ops.groups import pieces
-from dropfx.ops.kept import Kept
+from dropfx.ops.kept import Kept, save_kept, saved_kept
 from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
 from dropfx.ops.runs import GatheredWeight, gather, scatter, stored_transposed
 
@@ -145,57 +145,30 @@ def _gradients(
     return dx, dw, db
 
 
-def kept_axes(
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    row_leading: int = 0,
-    col_leading: int = 0,
-) -> tuple[Kept | None, Kept | None, float]:
-    """What the flat arguments behind a product's operands tell: the weight's kept rows and columns, and the scale."""
-    return Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading), scale
-
-
 def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    row_leading: int = 0,
-    col_leading: int = 0,
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Kept | None, cols: Kept | None, scale: float
 ) -> Tensor:
-    parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
+    parts = _parts(x, weight, rows, cols)
     if len(parts) == 1:
         kept = parts[0].kept
         return _forward(x, kept.gather(weight), bias, kept, scale)
     return _product(x, weight, bias, parts, scale)
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
-    rows, row_run, *_ = told
-    return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.size(-1) * row_run])
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Kept | None, *_: Any) -> Tensor:
+    return x.new_empty([*x.shape[:-1], weight.size(0) if rows is None else rows.width])
 
 
 def _linear_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
+    rows: Kept | None,
+    cols: Kept | None,
     scale: float,
     mask: list[bool],
-    row_leading: int = 0,
-    col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    parts = _parts(x, weight, Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading))
+    parts = _parts(x, weight, rows, cols)
     asked = x if mask[1] else None, weight if mask[0] else None, mask[2]
     dx, dw, db = _gradients(grad, *asked, parts, scale)
     return (
@@ -205,8 +178,8 @@ def _linear_backward(
     )
 
 
-def _linear_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, *told: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mask: list[bool] = told[5]
+def _linear_backward_fake(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mask: list[bool] = rest[-1]
     return (
         x.new_empty(x.shape if mask[0] else 0),
         _like(weight) if mask[1] else weight.new_empty(0),
@@ -223,35 +196,41 @@ linear_backward_op = define("linear_backward", _linear_backward, _linear_backwar
 first_derivative_only(linear_backward_op)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, row_leading, col_leading = inputs
-    ctx.leading = row_leading, col_leading
+def save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    """What `formula` reads, of x, W, b, rows, cols and scale."""
+    x, weight, _, rows, cols, ctx.scale, *_ = inputs
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    ctx.save_for_backward(x, weight, rows, cols)
+    save_kept(ctx, rows, cols, tensors=(x, weight))
 
 
 def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """dx, dW and db as far as they are asked for, and None for the other arguments."""
-        x, weight, rows, cols = ctx.saved_tensors
-        runs = rows, ctx.row_run, cols, ctx.col_run
-        grads = backward_op(grad, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
-        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 7
+        """dx, dW and db as far as they are asked for."""
+        axes, (x, weight) = saved_kept(ctx)
+        grads = by(backward_op)(grad, x, weight, *axes, ctx.scale, ctx.mask)
+        return tuple(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True))
 
     return backward
 
 
-torch.library.register_autograd(linear_op, formula(linear_backward_op), setup_context=_save)
+differentiable(linear_op, save, formula(linear_backward_op))
 autocast("linear")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Kept | None,
+        cols: Kept | None,
+        scale: float,
+    ) -> Tensor:
         """y [*, N'] = scale * x [*, K'] @ W[rows, cols]^T + b[rows]; the kept weight is held for the input gradient."""
-        rows, cols, scale = kept_axes(*told)
         parts = _parts(x, weight, rows, cols)
         ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
@@ -277,7 +256,7 @@ class _Linear(torch.autograd.Function):
             dx, ctx.compact, weight = flat.view(*grad.shape[:-1], flat.size(1)), None, None
         made, dw, db = _gradients(grad, x, weight, ctx.wants_bias, ctx.parts, ctx.scale)
         dx = made if dx is None else dx
-        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 7
+        return padded(ctx, None if dx is None else dx.to(ctx.dtype), dw, db)
 
 
 eager(linear_op, _Linear)

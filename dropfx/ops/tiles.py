@@ -11,13 +11,13 @@ Shapes: x [*, K], W [N, K], b [N], y [*, N], lattice int64 [2] on the CPU (perio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, autocast, define, first_derivative_only, whole
+from dropfx.ops.define import EAGER, autocast, define, differentiable, first_derivative_only, padded, whole
 from dropfx.ops.kept import Kept
 from dropfx.ops.products import scaled_linear, scaled_mm
 from dropfx.ops.runs import GatheredWeight, gather
@@ -208,7 +208,8 @@ first_derivative_only(tiled_linear_backward_op)
 autocast("tiled_linear")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    """What `formula` reads."""
     x, weight, _, ctx.tile_rows, ctx.tile_cols, lattice, ctx.scale = inputs
     ctx.mask = list(ctx.needs_input_grad[:3])
     ctx.save_for_backward(x, weight, lattice)
@@ -218,16 +219,16 @@ def formula(backward_op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     """The derivative by a registered op."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """dx, dW and db as far as they are asked for, and None for the other arguments."""
+        """dx, dW and db as far as they are asked for."""
         x, weight, lattice = ctx.saved_tensors
         shape = ctx.tile_rows, ctx.tile_cols
         grads = backward_op(grad, x, weight, *shape, lattice, ctx.scale, ctx.mask)
-        return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 4
+        return tuple(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True))
 
     return backward
 
 
-torch.library.register_autograd(tiled_linear_op, formula(tiled_linear_backward_op), setup_context=_save)
+differentiable(tiled_linear_op, save, formula(tiled_linear_backward_op))
 
 
 class _TiledLinear(torch.autograd.Function):
@@ -262,7 +263,7 @@ class _TiledLinear(torch.autograd.Function):
             weights = ctx.weights if reuse else ctx.tiles.gather(weight)
             ctx.weights = None
         dx, dw, db = _gradients(grad, x, weights, ctx.bias, ctx.tiles, ctx.scale)
-        return None if dx is None else dx.to(ctx.dtype), dw, db, *[None] * 4
+        return padded(ctx, None if dx is None else dx.to(ctx.dtype), dw, db)
 
 
 def _tiled_linear_eager(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:

@@ -7,7 +7,7 @@ by axis) goes to the twin's own reference. Imported when first asked for, since 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from dropfx.kernels import Axis
 from dropfx.kernels.interpreter import INTERPRETED
 from dropfx.ops import linear, residual, tiles
 from dropfx.ops import units as unit_ops
-from dropfx.ops.define import autocast, define, first_derivative_only, whole
-from dropfx.ops.kept import Kept
+from dropfx.ops.define import autocast, by, define, differentiable, first_derivative_only, whole
+from dropfx.ops.kept import Kept, save_kept, saved_kept
 from dropfx.ops.runs import stored_transposed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,6 +43,10 @@ def _leading(rows: int, *axes: Kept | None) -> int | None:
     if any(axis.ends(rows) != grouped[0].ends(rows) for axis in grouped[1:]):
         return None
     return max(grouped[0].leading, 1)
+
+
+def _axis(kept: Kept | None, units: int) -> Axis:
+    return Axis(None, 0, units) if kept is None else Axis(kept.starts, kept.run, units)
 
 
 class Activation(NamedTuple):
@@ -70,21 +74,16 @@ def _activated_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
+    rows: Kept | None,
+    cols: Kept | None,
     scale: float,
-    row_leading: int,
-    col_leading: int,
     activation: str,
 ) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
-    given = Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading)
-    leading = _leading(len(flat), *given)
-    outs, sums = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
+    leading = _leading(len(flat), rows, cols)
+    outs, sums = _axis(rows, weight.size(0)), _axis(cols, weight.size(1))
     if leading is None or not _served(x, weight, *([] if bias is None else [bias])):
-        y = linear._linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading)
+        y = linear._linear(x, weight, bias, rows, cols, scale)
         return y if activation == "none" else FROM_OUTPUT[activation].function(y)
     if x.size(-1) != sums.width:
         raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {sums.width}")
@@ -96,41 +95,25 @@ def _activated_linear(
 
 
 def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
-    scale: float,
-    row_leading: int = 0,
-    col_leading: int = 0,
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Kept | None, cols: Kept | None, scale: float
 ) -> Tensor:
-    return _activated_linear(x, weight, bias, rows, row_run, cols, col_run, scale, row_leading, col_leading, "none")
+    return _activated_linear(x, weight, bias, rows, cols, scale, "none")
 
 
 def _linear_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
+    rows: Kept | None,
+    cols: Kept | None,
     scale: float,
     mask: list[bool],
-    row_leading: int = 0,
-    col_leading: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, flat = grad.reshape(-1, grad.size(-1)), x.reshape(-1, x.size(-1))
-    given = Kept.of(rows, row_run, row_leading), Kept.of(cols, col_run, col_leading)
-    leading = _leading(len(dy), *given)
-    n, k = Axis(rows, row_run, weight.size(0)), Axis(cols, col_run, weight.size(1))
+    leading = _leading(len(dy), rows, cols)
+    n, k = _axis(rows, weight.size(0)), _axis(cols, weight.size(1))
     if leading is None or n.ragged or k.ragged or not _served(grad, x, weight):
-        return linear._linear_backward(
-            grad, x, weight, rows, row_run, cols, col_run, scale, mask, row_leading, col_leading
-        )
+        return linear._linear_backward(grad, x, weight, rows, cols, scale, mask)
     dx, dw, db = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if mask[0]:
         dx = whole(kernels.gathered_matmul(dy, weight.t(), k, n, scale=scale, leading=leading).view(x.shape))
@@ -196,53 +179,46 @@ def _tiled_linear_backward(
 # -- units ------------------------------------------------------------------------------------------------------------
 
 
-def _gather(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+def _gather(x: Tensor, kept: Kept, dim: int) -> Tensor:
     if not _served(x):
-        return unit_ops._gather(x, starts, run, dim, leading)
-    return kernels.gather_units(x, dim, Axis(starts, run, x.size(dim)), _leading_of(x, dim, starts, run, leading))
+        return unit_ops._gather(x, kept, dim)
+    return kernels.gather_units(x, dim, _axis(kept, x.size(dim)), _leading_of(x, dim, kept))
 
 
-def _scatter(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
-    kept = Axis(starts, run, units)
-    if kept.ragged or not _served(y):
-        return unit_ops._scatter(y, starts, run, dim, units, leading)
-    return kernels.scatter_units(y, dim, kept, _leading_of(y, dim, starts, run, leading))
+def _scatter(y: Tensor, kept: Kept, dim: int, units: int) -> Tensor:
+    axis = _axis(kept, units)
+    if axis.ragged or not _served(y):
+        return unit_ops._scatter(y, kept, dim, units)
+    return kernels.scatter_units(y, dim, axis, _leading_of(y, dim, kept))
 
 
-def _residual_add(
-    base: Tensor, y: Tensor, starts: Tensor, run: int, dim: int, units: int, alpha: float, leading: int = 0
-) -> Tensor:
-    kept = Axis(starts, run, units)
+def _residual_add(base: Tensor, y: Tensor, kept: Kept, dim: int, units: int, alpha: float) -> Tensor:
+    axis = _axis(kept, units)
     shape = torch.Size(residual.dense_shape(y, dim, units))
     # a base with axes of its own would have y read several times
-    if kept.ragged or not _served(base, y) or torch.broadcast_shapes(base.shape, shape) != shape:
-        return residual._residual_add(base, y, starts, run, dim, units, alpha, leading)
-    return kernels.scatter_units(y, dim, kept, _leading_of(y, dim, starts, run, leading), base.expand(shape), alpha)
+    if axis.ragged or not _served(base, y) or torch.broadcast_shapes(base.shape, shape) != shape:
+        return residual._residual_add(base, y, kept, dim, units, alpha)
+    return kernels.scatter_units(y, dim, axis, _leading_of(y, dim, kept), base.expand(shape), alpha)
 
 
-def _leading_of(x: Tensor, dim: int, starts: Tensor, run: int, leading: int) -> int:
-    return _leading(math.prod(x.shape[: dim % x.dim()]), Kept(starts, run, leading)) or 1
+def _leading_of(x: Tensor, dim: int, kept: Kept) -> int:
+    return _leading(math.prod(x.shape[: dim % x.dim()]), kept) or 1
 
 
 # -- linear and activation ----------------------------------------------------------------------------------------
 
 
-def _activated_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *told: Any) -> Tensor:
-    return linear._linear_fake(x, weight, bias, *told)
-
-
-def _save_activated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, rows, ctx.row_run, cols, ctx.col_run, ctx.scale, *ctx.leading, ctx.activation = inputs
+def _save_activated(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    x, weight, _, rows, cols, ctx.scale, ctx.activation = inputs
     ctx.mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    ctx.save_for_backward(x, weight, rows, cols, output)
+    save_kept(ctx, rows, cols, tensors=(x, weight, output))
 
 
 def _activated_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, rows, cols, y = ctx.saved_tensors
+    axes, (x, weight, y) = saved_kept(ctx)
     dz = FROM_OUTPUT[ctx.activation].gradient(grad, y)
-    runs = rows, ctx.row_run, cols, ctx.col_run
-    grads = _linear_backward_op(dz, x, weight, *runs, ctx.scale, ctx.mask, *ctx.leading)
-    return *(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True)), *[None] * 8
+    grads = by(_linear_backward_op)(dz, x, weight, *axes, ctx.scale, ctx.mask)
+    return tuple(g if asked else None for g, asked in zip(grads, ctx.mask, strict=True))
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -255,7 +231,7 @@ def _twin(op: Any, forward: Callable[..., Any], fake: Callable[..., Any]) -> Any
 
 _linear_op = _twin(linear.linear_op, _linear, linear._linear_fake)
 _linear_backward_op = define("linear_backward_triton", _linear_backward, linear._linear_backward_fake)
-activated_linear_op = define("activated_linear_triton", _activated_linear, _activated_fake)
+activated_linear_op = define("activated_linear_triton", _activated_linear, linear._linear_fake)
 _tiled_op = _twin(tiles.tiled_linear_op, _tiled_linear, tiles._tiled_linear_fake)
 _tiled_backward_op = define("tiled_linear_backward_triton", _tiled_linear_backward, tiles._tiled_linear_backward_fake)
 _gather_op = _twin(unit_ops.gather_op, _gather, unit_ops._gather_fake)
@@ -267,11 +243,11 @@ for _op in (_linear_backward_op, _tiled_backward_op):
 for _name in ("linear_triton", "activated_linear_triton", "tiled_linear_triton"):
     autocast(_name)
 for _op, _save, _formula in (
-    (_linear_op, linear._save, linear.formula(_linear_backward_op)),
+    (_linear_op, linear.save, linear.formula(_linear_backward_op)),
     (activated_linear_op, _save_activated, _activated_formula),
-    (_tiled_op, tiles._save, tiles.formula(_tiled_backward_op)),
-    (_gather_op, unit_ops._save_gather, unit_ops.gather_formula(_scatter_op)),
-    (_scatter_op, unit_ops._save_scatter, unit_ops.scatter_formula(_gather_op)),
-    (_residual_op, residual._save, residual.formula(_gather_op)),
+    (_tiled_op, tiles.save, tiles.formula(_tiled_backward_op)),
+    (_gather_op, unit_ops.save_gather, unit_ops.gather_formula(by(_scatter_op))),
+    (_scatter_op, unit_ops.save_scatter, unit_ops.scatter_formula(by(_gather_op))),
+    (_residual_op, residual.save, residual.formula(by(_gather_op))),
 ):
-    torch.library.register_autograd(_op, _formula, setup_context=_save)
+    differentiable(_op, _save, _formula)

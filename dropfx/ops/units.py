@@ -5,34 +5,34 @@ Each is the other's derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dropfx.ops.define import EAGER, define, eager, fresh, whole
+from dropfx.ops.define import by, define, differentiable, eager, fresh, padded, whole
 from dropfx.ops.groups import by_row, gather_groups, scatter_groups
-from dropfx.ops.kept import Kept
+from dropfx.ops.kept import Kept, save_kept, saved_kept
 
 
-def _gather(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
-    return fresh(gather_groups(x, dim, Kept(starts, run, leading)), x)
+def _gather(x: Tensor, kept: Kept, dim: int) -> Tensor:
+    return fresh(gather_groups(x, dim, kept), x)
 
 
-def _scatter(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
-    return whole(scatter_groups(y, dim, Kept(starts, run, leading), units))
+def _scatter(y: Tensor, kept: Kept, dim: int, units: int) -> Tensor:
+    return whole(scatter_groups(y, dim, kept, units))
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.new_empty([size if d == dim % x.dim() else s for d, s in enumerate(x.shape)])
 
 
-def _gather_fake(x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
-    return _resized(x, dim, starts.size(-1) * run)
+def _gather_fake(x: Tensor, kept: Kept, dim: int) -> Tensor:
+    return _resized(x, dim, kept.width)
 
 
-def _scatter_fake(y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+def _scatter_fake(y: Tensor, kept: Kept, dim: int, units: int) -> Tensor:
     return _resized(y, dim, units)
 
 
@@ -40,61 +40,62 @@ gather_op = define("gather", _gather, _gather_fake)
 scatter_op = define("scatter", _scatter, _scatter_fake)
 
 
-def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, starts, ctx.run, ctx.dim, ctx.leading = inputs
+def save_gather(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    """What `gather_formula` reads, of x, what is kept and the axis."""
+    x, kept, ctx.dim = inputs
     ctx.units = x.size(ctx.dim)
-    ctx.save_for_backward(starts)
+    save_kept(ctx, kept)
 
 
-def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, starts, ctx.run, ctx.dim, _, ctx.leading = inputs
-    ctx.save_for_backward(starts)
+def save_scatter(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    """What `scatter_formula` reads, of y, what is kept, the axis and its units."""
+    _, kept, ctx.dim, _ = inputs
+    save_kept(ctx, kept)
 
 
-def gather_formula(scatter_units: Any) -> Callable[..., tuple[Any, ...]]:
+def gather_formula(scatter_by: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
     """The derivative of a gather by a scatter."""
-    return lambda ctx, grad: (
-        scatter_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.units, ctx.leading),
-        *[None] * 4,
-    )
+    return lambda ctx, grad: (scatter_by(grad, saved_kept(ctx)[0][0], ctx.dim, ctx.units),)
 
 
-def scatter_formula(gather_units: Any) -> Callable[..., tuple[Any, ...]]:
+def scatter_formula(gather_by: Callable[..., Tensor]) -> Callable[..., tuple[Any, ...]]:
     """The derivative of a scatter by a gather."""
-    return lambda ctx, grad: (gather_units(grad, *ctx.saved_tensors, ctx.run, ctx.dim, ctx.leading), *[None] * 5)
+    return lambda ctx, grad: (gather_by(grad, saved_kept(ctx)[0][0], ctx.dim),)
 
 
-torch.library.register_autograd(gather_op, gather_formula(scatter_op), setup_context=_save_gather)
-torch.library.register_autograd(scatter_op, scatter_formula(gather_op), setup_context=_save_scatter)
+differentiable(gather_op, save_gather, gather_formula(by(scatter_op)))
+differentiable(scatter_op, save_scatter, scatter_formula(by(gather_op)))
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
+    """The eager face of a gather."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, starts: Tensor, run: int, dim: int, leading: int = 0) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Kept, dim: int) -> Tensor:
         """The kept units of axis `dim` of x."""
-        _save_gather(ctx, (x, starts, run, dim, leading), x)
-        return _gather(x, starts, run, dim, leading)
+        save_gather(ctx, (x, kept, dim), x)
+        return _gather(x, kept, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """grad at the places of the kept units, zeros elsewhere; None for the other arguments."""
-        return gather_formula(EAGER[scatter_op])(ctx, grad)
+        return padded(ctx, *gather_formula(_Scatter.apply)(ctx, grad))
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, starts: Tensor, run: int, dim: int, units: int, leading: int = 0) -> Tensor:
+    def forward(ctx: Any, y: Tensor, kept: Kept, dim: int, units: int) -> Tensor:
         """y at the places of the kept units of axis `dim`, which gets `units` positions; zeros elsewhere."""
-        _save_scatter(ctx, (y, starts, run, dim, units, leading), y)
-        return _scatter(y, starts, run, dim, units, leading)
+        save_scatter(ctx, (y, kept, dim, units), y)
+        return _scatter(y, kept, dim, units)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The kept units of grad; None for the other arguments."""
-        return scatter_formula(EAGER[gather_op])(ctx, grad)
+        return padded(ctx, *scatter_formula(Gather.apply)(ctx, grad))
 
 
-eager(gather_op, _Gather)
+eager(gather_op, Gather)
 eager(scatter_op, _Scatter)
 
 

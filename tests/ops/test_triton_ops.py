@@ -81,7 +81,7 @@ LINEARS = [name for name in cases() if name.startswith("linear")]
 
 
 def activated(args: tuple[Any, ...], activation: str) -> tuple[Any, ...]:
-    return (*(*args, 0, 0)[:10], activation)
+    return (*args[:8], activation, *args[8:])
 
 
 @pytest.mark.parametrize("activation", FROM_OUTPUT)

@@ -4,7 +4,7 @@ PyTorch 2.13 breaks where AOTAutograd traces torch.lstm to `aten.mkldnn_rnn_laye
 
     x [T, B, I'], w_ih [4H, I], w_hh [4H, H], b_ih and b_hh [4H], h0 and c0 [B, H] -> all h [T, B, H], the last h and c,
     and what oneDNN's backward needs, in its own format
-    cols: starts of the runs of w_ih's columns that x has, or None for all; backward gathers them again
+    cols: the columns of w_ih that x has, or None for all; backward gathers them again
 
 How large the last one is only running it tells, and a compiler wants to know before. `kept_size` runs it for that, once
 for each size, and what it says is an argument. Where sizes vary there is no such number, and the bytes come at the head
@@ -15,14 +15,15 @@ processor, backward runs forward again.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from dropfx.ops.define import define, first_derivative_only
-from dropfx.ops.kept import Kept
+from dropfx.ops.define import by, define, differentiable, first_derivative_only
+from dropfx.ops.kept import Kept, save_kept, saved_kept
 from dropfx.ops.runs import GatheredWeight
 
 _LSTM = 2  # its mode
@@ -39,16 +40,11 @@ def _layer(
     c0: Tensor,
     reverse: bool,
     size: int | None,
-    cols: Tensor | None = None,
-    col_run: int = 0,
+    cols: Kept | None = None,
 ) -> _Results:
-    operands = _operands([x, w_ih, w_hh, b_ih, b_hh, h0, c0], _kept(w_ih, cols, col_run))
+    operands = _operands([x, w_ih, w_hh, b_ih, b_hh, h0, c0], GatheredWeight(w_ih, None, cols))
     out, h, c, kept = _run(operands, reverse)
     return out.contiguous(), h.clone(), c.clone(), *_boxed(kept, _bound(x, w_hh) if size is None else size)
-
-
-def _kept(w_ih: Tensor, cols: Tensor | None, col_run: int) -> GatheredWeight:
-    return GatheredWeight(w_ih, None, Kept.of(cols, col_run))
 
 
 def _operands(tensors: list[Tensor], weight: GatheredWeight) -> list[Tensor]:
@@ -106,11 +102,10 @@ def _layer_backward(
     tensors: list[Tensor],
     results: list[Tensor],
     reverse: bool,
-    cols: Tensor | None,
-    col_run: int,
+    cols: Kept | None,
     mask: list[bool],
 ) -> list[Tensor]:
-    weight = _kept(tensors[1], cols, col_run)
+    weight = GatheredWeight(tensors[1], None, cols)
     operands = _operands(tensors, weight)
     given = [None if g is None else g.contiguous() for g in (grad, grad_h, grad_c)]
     *outputs, kept, used = results
@@ -127,7 +122,7 @@ def _layer_backward(
 
 
 def _layer_backward_fake(*args: Any) -> list[Tensor]:
-    *_, tensors, _, _, _, _, mask = args
+    *_, tensors, _, _, _, mask = args
     return [t.new_empty(t.shape) for t, asked in zip(tensors, mask, strict=True) if asked]
 
 
@@ -136,18 +131,18 @@ _backward_op = define("lstm_layer_backward", _layer_backward, _layer_backward_fa
 first_derivative_only(_backward_op, instead="dropfx.compile(model), without a compiler, has that of torch.nn")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse, _, cols, ctx.col_run = inputs
-    ctx.save_for_backward(*tensors, *output, cols)
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse, _, cols = inputs
+    save_kept(ctx, cols, tensors=(*tensors, *output))
     ctx.set_materialize_grads(False)
 
 
 def _formula(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any) -> Any:
-    *saved, cols = ctx.saved_tensors
+    (cols,), saved = saved_kept(ctx)
     mask = list(ctx.needs_input_grad[:7])
     given = grad, grad_h, grad_c, saved[:7], saved[7:]
-    made = iter(_backward_op(*given, ctx.reverse, cols, ctx.col_run, mask))
-    return *(next(made) if asked else None for asked in mask), *[None] * 4
+    made = iter(by(_backward_op)(*given, ctx.reverse, cols, mask))
+    return [next(made) if asked else None for asked in mask]
 
 
-torch.library.register_autograd(lstm_layer_op, _formula, setup_context=_save)
+differentiable(lstm_layer_op, _save, _formula)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dropfx.ops.define import EAGER
-from dropfx.ops.units import gather_op
+from dropfx.ops.kept import Kept
+from dropfx.ops.runs import gather
 
 
 def recompute_gather(
@@ -43,8 +43,7 @@ def recompute_gather(
                 f" weight of shape {list(weight.shape)} is at version {weight._version}; expected version {version}"
             )
         with torch.no_grad():
-            again: Tensor = EAGER[gather_op](weight, starts, run, dim)
-        return again
+            return gather(weight, dim, Kept(starts, run))
 
     with saved_tensors_hooks(pack, unpack):
         return tuple(function(*args))

@@ -3,21 +3,22 @@
     kind "lstm" | "gru" | "rnn_tanh" | "rnn_relu"
     pre [T, B, G*H], or packed [N, G*H] with batch_sizes int64 [T]; h0 [B, P]; c0 [B, H] (LSTM)
     -> all hidden states [T, B, P] or [N, P], the last h [B, P] and c [B, H]
-Parameters as `cells` names them. W_hh may be compact: `rows` and `cols` are the starts of the runs that a dropped one
-keeps, which are added to the gates and read of h. Splitting off the product of the inputs lets the Linear machinery
+Parameters as `cells` names them. W_hh may be compact: `rows` and `cols` are what a dropped one keeps, which is added
+to the gates and read of h. Splitting off the product of the inputs lets the Linear machinery
 gather it, for all steps at once; what is left is bound by the weight W_hh, read at every step (`product`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dropfx.errors import DoubleBackwardError
-from dropfx.ops.define import define, eager, first_derivative_only, whole
-from dropfx.ops.kept import Kept
+from dropfx.ops.define import by, define, differentiable, eager, first_derivative_only, padded, whole
+from dropfx.ops.kept import Kept, save_kept, saved_kept
 from dropfx.ops.recurrent import gru, lstm, rnn
 from dropfx.ops.recurrent.cells import Flows, Saved, Weights
 from dropfx.ops.recurrent.steps import Steps, steps_of
@@ -127,12 +128,10 @@ def _recurrence(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
-    rows: Tensor | None = None,
-    row_run: int = 0,
-    cols: Tensor | None = None,
-    col_run: int = 0,
+    rows: Kept | None = None,
+    cols: Kept | None = None,
 ) -> _Outputs:
-    weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
+    weights = Weights(w_hh, b_hh, w_hr, rows, cols)
     out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
     return out.view(*pre.shape[:-1], out.size(1)), h, c, *saved
 
@@ -162,13 +161,11 @@ def _recurrence_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
-    rows: Tensor | None,
-    row_run: int,
-    cols: Tensor | None,
-    col_run: int,
+    rows: Kept | None,
+    cols: Kept | None,
     mask: list[bool],
 ) -> list[Tensor]:
-    weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
+    weights = Weights(w_hh, b_hh, w_hr, rows, cols)
     saved = Saved(gates, before, inner, squashed)
     batch = h0.size(0)
     steps = steps_of((before.size(0) // batch if batch else 1, batch), batch_sizes, reverse)
@@ -194,27 +191,27 @@ _PLACES = (1, 2, 3, 4, 5, 6)
 """Arguments of the op that may ask for a gradient: pre, h0, c0, W_hh, b_hh, W_hr."""
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
-    ctx.kind, pre, h0, c0, w_hh, b_hh, w_hr, batch_sizes, ctx.reverse, rows, ctx.row_run, cols, ctx.col_run = inputs
+def _save(ctx: Any, inputs: Sequence[Any], output: _Outputs) -> None:
+    ctx.kind, pre, h0, c0, w_hh, b_hh, w_hr, batch_sizes, ctx.reverse, rows, cols = inputs
     ctx.mask, ctx.shape = [ctx.needs_input_grad[place] for place in _PLACES], pre.shape
     out, _, _, gates, *saved = output
     gates = out.view(-1, out.size(-1)) if ctx.kind.startswith("rnn") else gates
-    ctx.save_for_backward(gates, *saved, h0, c0, w_hh, b_hh, w_hr, batch_sizes, rows, cols)
+    save_kept(ctx, rows, cols, tensors=(gates, *saved, h0, c0, w_hh, b_hh, w_hr, batch_sizes))
     ctx.set_materialize_grads(False)
 
 
 def _formula(ctx: Any, grad: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any) -> Any:
     """The derivative by the registered op; nothing reads what is saved, which has no gradient."""
-    *tensors, rows, cols = ctx.saved_tensors
-    kept = rows, ctx.row_run, cols, ctx.col_run
-    made = iter(recurrence_backward_op(ctx.kind, grad, grad_h, grad_c, *tensors, ctx.reverse, *kept, ctx.mask))
+    axes, tensors = saved_kept(ctx)
+    backward = by(recurrence_backward_op)
+    made = iter(backward(ctx.kind, grad, grad_h, grad_c, *tensors, ctx.reverse, *axes, ctx.mask))
     grads = [next(made) if asked else None for asked in ctx.mask]
     if grads[0] is not None:
         grads[0] = grads[0].view(ctx.shape)
-    return None, *grads, *[None] * 6
+    return None, *grads
 
 
-torch.library.register_autograd(recurrence_op, _formula, setup_context=_save)
+differentiable(recurrence_op, _save, _formula)
 
 
 # -- eager ----------------------------------------------------------------------------------------------------------
@@ -233,19 +230,16 @@ class _Recurrence(torch.autograd.Function):
         w_hr: Tensor | None,
         batch_sizes: Tensor | None,
         reverse: bool,
-        rows: Tensor | None = None,
-        row_run: int = 0,
-        cols: Tensor | None = None,
-        col_run: int = 0,
+        rows: Kept | None,
+        cols: Kept | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output [T, B, H], or [rows, H] of packed input, and the last states h and c, from the gates' input `pre`."""
-        weights = Weights(w_hh, b_hh, w_hr, Kept.of(rows, row_run), Kept.of(cols, col_run))
+        weights = Weights(w_hh, b_hh, w_hr, rows, cols)
         out, h, c, saved = _run(kind, pre, h0, c0, weights, batch_sizes, reverse)
         saved = saved._replace(gates=out) if kind.startswith("rnn") else saved
         ctx.kind, ctx.shape, ctx.steps = kind, pre.shape, steps_of(pre.shape, batch_sizes, reverse)
         ctx.mask = [ctx.needs_input_grad[place] for place in _PLACES]
-        ctx.save_for_backward(*saved, w_hh, b_hh, w_hr, rows, cols)
-        ctx.runs = row_run, col_run
+        save_kept(ctx, rows, cols, tensors=(*saved, w_hh, b_hh, w_hr))
         ctx.set_materialize_grads(False)
         return whole(out.view(*pre.shape[:-1], out.size(1))), h, c
 
@@ -258,13 +252,12 @@ class _Recurrence(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a recurrence has no second derivative; {_INSTEAD}")
-        *tensors, rows, cols = ctx.saved_tensors
-        kept = (Kept.of(starts, run) for starts, run in zip((rows, cols), ctx.runs, strict=True))
-        saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:], *kept)
+        axes, tensors = saved_kept(ctx)
+        saved, weights = Saved(*tensors[:4]), Weights(*tensors[4:], *axes)
         made = _gradients(ctx.kind, (grads[0], grads[1], grads[2]), saved, weights, ctx.steps, ctx.mask)
         if made[0] is not None:
             made[0] = made[0].view(ctx.shape)
-        return None, *made, *[None] * 6
+        return padded(ctx, None, *made)
 
 
 eager(recurrence_op, _Recurrence)
