@@ -74,8 +74,8 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
             if isinstance(value, Tensor):
                 _fix_sizes(value, DROPOUT_FUNCTIONS[source.target], by_step)
             notes(node)["site"] = Dropping(naming.sites[source], rate, number)
-    _spell_out_sizes(captured, graph)
     _spell_out_rates(captured, graph)
+    _spell_out_sizes(captured, graph)  # the last one: nodes are no longer pairs behind it
 
 
 def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
@@ -88,7 +88,7 @@ def _fix_sizes(dropped: Tensor, axis: int, by_step: bool) -> None:
 
 def _spell_out_rates(captured: fx.Graph, graph: fx.Graph) -> None:
     """bernoulli_(x, 1 - p) -> bernoulli_(x, .5): of a mask made by hand Dynamo guards on the numbers."""
-    nodes = list(zip(captured.nodes, list(graph.nodes), strict=False))
+    nodes = list(zip(captured.nodes, graph.nodes, strict=True))
     numbers = {source: value for source, _ in nodes if isinstance(value := source.meta.get("example_value"), SymFloat)}
     drawn = (operand for source, _ in nodes if op_name(source) in BERNOULLI for operand in source.all_input_nodes)
     fixed = {symbol for operand in drawn if operand in numbers for symbol in numbers[operand].node.expr.free_symbols}

@@ -440,3 +440,25 @@ def test_channels_that_are_flattened_with_steps_of_changing_number() -> None:
     for steps in (5, 7, 9, 3):
         x, y = torch.randn(4, steps, 16, dtype=torch.float64), torch.randn(4, 64 * steps, dtype=torch.float64)
         assert set(check_step(original, compiled, (x, y), dtype=torch.float64)) == {"drop"}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_rate_that_changes_beside_a_mask_of_changing_rows(inner: str) -> None:
+    """Numbers that a mask made by hand is drawn with are spelled out, and sizes are; each at its own node."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.drop = nn.Linear(16, 64), nn.Linear(64, 8), nn.Dropout(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.new_empty(x.shape[:1] + (1,) * (x.dim() - 1)).bernoulli_(0.5) / 0.5
+            return self.down(self.drop(torch.tanh(self.up(x + x * rows))) * 0.5)
+
+    original = Both().double()
+    model = copy.deepcopy(original)
+    model.compile(backend="dropfx", options={"inner": inner, "min_speedup": 0})
+    for rate, rows in ((1.0, 6), (0.5, 3), (0.25, 5)):
+        original.drop.p = model.drop.p = rate
+        recorded = check_step(original, model, (torch.randn(rows, 7, 16, dtype=torch.float64),), dtype=torch.float64)
+        assert set(recorded) == (set() if rate == 1 else {"drop"})
