@@ -16,8 +16,9 @@ from torch import nn
 from dropfx.draws.runtime import numbers_of_their_own
 from dropfx.errors import DropfxError, InvalidInput, InvalidOption
 from dropfx.frontend.compile import check_inputs, check_model, has_forward
-from dropfx.frontend.compiled_module import State, swap
+from dropfx.frontend.compiled_module import State
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
+from dropfx.frontend.swapped_class import swap
 from dropfx.frontend.trial import copy_inputs, generators_kept, training_copy
 from dropfx.graph.pass_infra import Site
 from dropfx.options import Options, make_options

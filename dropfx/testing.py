@@ -17,9 +17,10 @@ from dropfx.draws.runtime import Masks, backward_under, numbers_of_their_own, re
 from dropfx.errors import InvalidInput, InvalidModel, NotEquivalent
 from dropfx.explain import options_for
 from dropfx.frontend.compile import check_inputs, check_model
-from dropfx.frontend.compiled_module import State, swap
+from dropfx.frontend.compiled_module import State
 from dropfx.frontend.dtensor import TENSOR_PARALLEL, tensor_parallel
 from dropfx.frontend.packed_sequence import opened
+from dropfx.frontend.swapped_class import swap
 from dropfx.frontend.trial import copy_inputs, generators_kept, seed_others, training_copy
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, DROPOUT_MODULES, RECURRENT_FUNCTIONS
 from dropfx.ops.recurrent.layered import layered

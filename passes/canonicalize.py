@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
-from dropfx.graph.nodes import argument, clean_up, op_name, switched_off, value_of, writes_in_place
+from dropfx.graph.nodes import argument, clean_up, op_name, substitute, switched_off, value_of, writes_in_place
 from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.size_origin import origin
@@ -19,8 +19,7 @@ from dropfx.graph.size_origin import origin
 
 def canonicalize(module: fx.GraphModule, context: Context) -> PassResult:
     """Bring the graph to the form that later passes match."""
-    modified = False
-    clean_up(module.graph)  # a part of a split that nobody reads is no reader
+    modified = clean_up(module.graph)  # a part of a split that nobody reads is no reader
     # tiles are dropped in the weights of Linears alone, as `record` hands them out
     by_units = not context.options.pattern.drops_weights
     for node in list(module.graph.nodes):
@@ -110,15 +109,9 @@ def _ask_size_at_source(node: fx.Node) -> bool:
         return False
     found = origin(source, dim % value.dim())
     if isinstance(found, int):
-        _write_number(node, found)
+        substitute(node.graph, node, found)
     elif found[0] is source:
         return False
     else:
         node.args = found
     return True
-
-
-def _write_number(node: fx.Node, number: int) -> None:
-    for user in list(node.users):
-        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
-    node.graph.erase_node(node)

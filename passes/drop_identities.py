@@ -28,7 +28,7 @@ def drop_identities(module: fx.GraphModule, context: Context) -> PassResult:
         if "pinned" in notes(node) or any(user.op == "output" for user in node.users):
             continue
         if op_name(node) == "getitem":
-            _shorten(node)
+            modified |= _shorten(node)
         source = _source(node)
         if source is not None and "pinned" not in notes(source):
             modified |= _drop(node, source)
@@ -133,12 +133,12 @@ def _takes_all(node: fx.Node) -> bool:
     return all(item is Ellipsis or (isinstance(item, slice) and item == slice(None)) for item in items)
 
 
-def _shorten(node: fx.Node) -> None:
+def _shorten(node: fx.Node) -> bool:
     """x[:, 0:n] -> x[:, :] for the n positions that there are."""
     value, index = value_of(node.args[0]), node.args[1]
     items = list(index) if isinstance(index, tuple) else [index]
     if value is None or not any(isinstance(item, slice) for item in items):
-        return
+        return False
     plain = all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items)
     used = sum(item is not None and item is not Ellipsis for item in items)
     dim = 0
@@ -146,7 +146,10 @@ def _shorten(node: fx.Node) -> None:
         if isinstance(item, slice) and _covers(item, node.args[0], dim):
             items[place] = slice(None)
         dim += value.dim() - used if item is Ellipsis else item is not None
-    node.update_arg(1, tuple(items) if isinstance(index, tuple) else items[0])
+    shorter = tuple(items) if isinstance(index, tuple) else items[0]
+    modified = bool(shorter != index)
+    node.update_arg(1, shorter)
+    return modified
 
 
 def _covers(item: slice, node: Any, dim: int) -> bool:

@@ -17,7 +17,7 @@ _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
 
 
 def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
-    """Fill context.sites in graph order; changes nothing."""
+    """Fill context.sites in graph order, and note which dropouts drop nothing; no operation changes."""
     mark_gradients(module.graph)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:

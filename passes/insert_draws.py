@@ -24,7 +24,7 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
                 }
     if context.options.grouped:
         _insert_rows(graph, context)
-    return PassResult(module, True)
+    return PassResult(module, bool(context.draws))
 
 
 def _insert_rows(graph: fx.Graph, context: Context) -> None:

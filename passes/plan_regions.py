@@ -71,9 +71,8 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
     except RegionRefused as refusal:
         site.reason = str(refusal)
         return None
-    keep = 1 - site.fit.drawn_rate
-    groups = site.fit.groups
-    prices = region_prices(region, keep, lambda node: _keeps(node, context, chosen), context.costs, groups)
+    fit = site.fit
+    prices = region_prices(region, fit.keep, lambda node: _keeps(node, context, chosen), context.costs, fit.groups)
     compact = cut(region, prices if options.min_speedup > 0 else everything_prices(region))
     site.predicted_speedup = sum(prices.dense.values()) / max(price(region, compact, prices), 1)
     site.reason = ""
@@ -98,9 +97,9 @@ def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple
         fit = context.sites[index].fit
         assert fit is not None
         if node in choice.region.sinks:
-            keep_in = 1 - fit.drawn_rate
+            keep_in = fit.keep
         else:
-            keep_out = 1 - fit.drawn_rate
+            keep_out = fit.keep
     return keep_in, keep_out
 
 

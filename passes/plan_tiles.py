@@ -17,18 +17,13 @@ from dropfx.planning.cost_model import linear_products, tiled_times
 
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
     """Fit the pattern to the weights behind each site; sites without gain get their reason."""
-    pattern = context.options.pattern
+    pattern, modified = context.options.pattern, False
     if isinstance(pattern, Tile):
-        clean_up(module.graph)  # a Linear that nobody reads is no reader
+        modified = clean_up(module.graph)  # a Linear that nobody reads is no reader
         for index, site in enumerate(context.sites):
             if site.rewritten:
                 site.reason = _plan(index, site, context, pattern)
-    return PassResult(module, False)
-
-
-def drops_weight(site: fx.Node) -> bool:
-    """Whether the dropped value is the weight of Linears, and not their input."""
-    return all(argument(user, 1, "weight") is site for user in site.users)
+    return PassResult(module, modified)
 
 
 def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:

@@ -11,13 +11,14 @@ from dropfx.graph.nodes import insert, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
+from dropfx.planning.regions import SUMS
 
 
 def rewrite_residual(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the sums that the plan made consumers (they read compact and emit dense)."""
     modified = False
     for node in list(module.graph.nodes):
-        if op_name(node) not in ("add", "sub", "subtract") or "reads" not in notes(node) or "form" in notes(node):
+        if op_name(node) not in SUMS or "reads" not in notes(node) or "form" in notes(node):
             continue
         _rewrite(node, context)
         modified = True

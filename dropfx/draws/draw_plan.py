@@ -70,7 +70,7 @@ def data_parallel_rank() -> int:
 
 @dataclass
 class DrawPlan:
-    """Draws all sites of a specialisation together, sites of one shape in one batch.
+    """Draws all sites of a variant together, sites of one fit in one batch.
 
     Args:
         names: site names.
@@ -97,7 +97,7 @@ class DrawPlan:
         members: dict[Fit, list[int]] = {}
         for index, fit in enumerate(self.fits):
             members.setdefault(fit, []).append(index)
-        self._batches = [(shape, sites, self._counters(shape, sites)) for shape, sites in members.items()]
+        self._batches = [(fit, sites, self._counters(fit, sites)) for fit, sites in members.items()]
 
     def _make_launch(self) -> DrawLaunch | None:
         """The kernel for this plan; None where it does not serve it: lattices, groups, very many blocks."""
@@ -115,9 +115,9 @@ class DrawPlan:
         ]
         return DrawLaunch(sites, (_signed(_GOLDEN), *_FACTORS), self.device, window)
 
-    def _counters(self, shape: Fit, sites: list[int]) -> Tensor:
+    def _counters(self, fit: Fit, sites: list[int]) -> Tensor:
         keys = torch.tensor([_signed(site_key(self.names[i])) for i in sites], dtype=torch.int64)
-        steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, shape.numbers + 1)], dtype=torch.int64)
+        steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, fit.numbers + 1)], dtype=torch.int64)
         return (keys[:, None] + steps).to(self._source)
 
     def draw_number(self) -> Tensor:
@@ -134,8 +134,8 @@ class DrawPlan:
         if rank_step:
             number = _mix(number + rank_step)
         draws: list[Any] = [None] * len(self.names)
-        for shape, sites, counters in self._batches:
-            for index, draw in zip(sites, self.pattern.choose(_mix(counters + number), shape), strict=True):
+        for fit, sites, counters in self._batches:
+            for index, draw in zip(sites, self.pattern.choose(_mix(counters + number), fit), strict=True):
                 draws[index] = self._placed(draw)
         return draws
 

@@ -169,7 +169,3 @@ class _KeepAll(TorchFunctionMode):
 
 
 _IDENTITY = (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_dropout)
-OTHER_RANDOM = frozenset(
-    (*_IDENTITY, *RECURRENT_FUNCTIONS, F.scaled_dot_product_attention, F.multi_head_attention_forward)
-)
-"""What `disabled` turns off besides the dropouts that can be sites."""

@@ -20,7 +20,7 @@ from dropfx.frontend.checkpoints import runnable, walk
 from dropfx.frontend.dynamo_graph import Live, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
-from dropfx.frontend.rewrite_graph import Asked, Part, rewrite
+from dropfx.frontend.rewrite_captured import Asked, Part, rewrite_captured
 from dropfx.frontend.whole_calls import unfold
 from dropfx.graph.pass_infra import Site
 from dropfx.options import Options
@@ -101,7 +101,7 @@ class CapturedGraph:
 
     def _variant(self, rates: tuple[float, ...]) -> Variant:
         for place, variant in enumerate(self.variants):
-            if variant.takes(rates):
+            if variant.take_up(rates):
                 if place:
                     self.variants.insert(0, self.variants.pop(place))
                 return variant
@@ -116,7 +116,7 @@ class CapturedGraph:
         live = {**live, **dict.fromkeys(unknown, (None, None))}
         asked = Asked(self._options, self._naming, live, self._compile_inner is None)
         try:
-            made, parts = rewrite(self._module, asked)
+            made, parts = rewrite_captured(self._module, asked)
         except PassError as error:
             self.failed = str(error)
             warnings.warn(f"dropfx: {error}; the graph runs as written", RuntimeWarning, stacklevel=2)
@@ -133,7 +133,7 @@ class CapturedGraph:
         if self._disabled is None:
             made = self._module
             if self._naming.bernoulli:
-                made, _ = rewrite(made, Asked(self._options, self._naming, {}, True, AS_WRITTEN))
+                made, _ = rewrite_captured(made, Asked(self._options, self._naming, {}, True, AS_WRITTEN))
             self._disabled = runnable(made).forward
         return tuple(self._disabled(*args))
 
@@ -176,8 +176,8 @@ class Variant:
         self._kinds = [[_kind(_rate(site, rates), site, options) for site in c.sites] for c in self.contexts]
         self._draws = [SiteDraws(c, [fit for _, fit in k]) for c, k in zip(self.contexts, self._kinds, strict=True)]
 
-    def takes(self, rates: tuple[float, ...]) -> bool:
-        """Take up changed rates; False where one became of another kind: off, all, or not drawable."""
+    def take_up(self, rates: tuple[float, ...]) -> bool:
+        """Go on with changed rates; False where one became of another kind: off, all, or not drawable."""
         if rates == self._rates:
             return True
         kinds = [[_kind(_rate(site, rates), site, self._options) for site in c.sites] for c in self.contexts]

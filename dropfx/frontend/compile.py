@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dropfx.errors import DropfxError, InvalidInput, InvalidModel, NoDropoutWarning
-from dropfx.frontend.compiled_module import NOTHING_DROPS, State, original_class, swap, unswap
+from dropfx.frontend.compiled_module import NOTHING_DROPS, State
 from dropfx.frontend.dtensor import tensor_parallel
+from dropfx.frontend.swapped_class import original_class, swap, unswap
 from dropfx.frontend.trial import generators_kept, training_copy
 from dropfx.graph.dropout_ops import may_drop
 from dropfx.options import make_options

@@ -52,15 +52,3 @@ def _gathered(module: nn.Module) -> Iterator[Tensor | None]:
             if not parameter.is_dtensor:
                 yield parameter.sharded_param
                 yield getattr(parameter, "_sharded_post_forward_param", None)
-
-
-def precision(module: nn.Module) -> Any:
-    """The MixedPrecisionPolicy of a module given to fully_shard, None for others."""
-    return getattr(_state(module), "_mp_policy", None)
-
-
-def cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """Floating tensors of a structure in `dtype`, as FSDP2's hooks cast inputs and outputs."""
-    if dtype is None:
-        return tree
-    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dropfx.errors import InvalidModel
-from dropfx.frontend.compiled_module import unswap
 from dropfx.frontend.packed_sequence import opened
+from dropfx.frontend.swapped_class import unswap
 
 
 def training_copy(model: nn.Module, share: bool = True) -> nn.Module:

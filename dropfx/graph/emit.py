@@ -17,7 +17,7 @@ class Emitter:
 
     def __init__(self, node: fx.Node) -> None:
         self._node = node
-        self._kept = {key: value for key, value in node.meta.items() if key in ("path", "after_effects")}
+        self._kept = {key: value for key, value in node.meta.items() if key == "after_effects"}
 
     def __call__(self, target: str | Callable[..., Any], *args: Any) -> fx.Node:
         """A node of a function, or of the method of that name."""

@@ -116,10 +116,11 @@ _OPERATOR_INPLACE = frozenset(
 _POSITIONAL_INPLACE = {"relu": 1, "dropout": 3, "silu": 1, "elu": 2, "leaky_relu": 2, "hardtanh": 3, "celu": 2}
 
 
-def clean_up(graph: fx.Graph) -> None:
-    """What every pass ends with: dead nodes out, and the graph checked."""
-    graph.eliminate_dead_code(is_impure_node=impure)
+def clean_up(graph: fx.Graph) -> bool:
+    """What every pass ends with: dead nodes out, and the graph checked; whether there were any."""
+    modified = graph.eliminate_dead_code(is_impure_node=impure)
     graph.lint()
+    return modified
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:

@@ -27,7 +27,7 @@ def _embedding(ids: Tensor, weight: Tensor, cols: Kept, padding_idx: int) -> Ten
 
 def _look_up(ids: Tensor, weight: Tensor, kept: Kept | None) -> Tensor:
     assert kept is not None
-    if not kept.tile(weight.size(1)) or not weight.is_contiguous():
+    if not kept.whole_runs(weight.size(1)) or not weight.is_contiguous():
         return gather(weight.index_select(0, ids), 1, kept).contiguous()
     tiles = ids[:, None] * (weight.size(1) // kept.run) + kept.blocks()
     return weight.view(-1, kept.run).index_select(0, tiles.view(-1)).view(-1, kept.width)
@@ -48,7 +48,7 @@ def _embedding_backward(grad: Tensor, ids: Tensor, cols: Kept, padding_idx: int,
 
 def _spread(grad: Tensor, ids: Tensor, kept: Kept | None, rows: int, units: int) -> Tensor:
     assert kept is not None
-    if not kept.tile(units):
+    if not kept.whole_runs(units):
         compact = grad.new_zeros(rows, kept.width).index_add_(0, ids, grad)
         return scatter(compact, 1, kept, units)
     tiles = (ids[:, None] * (units // kept.run) + kept.blocks()).view(-1)

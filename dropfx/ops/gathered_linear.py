@@ -68,14 +68,14 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 def _spread(y: Tensor, *axes: tuple[Kept | None, int]) -> Tensor:
-    """`put` along all axes, each with its units, as code in which each place reads its own value or is zero.
+    """`scatter` along all axes, each with its units, as code in which each place reads its own value or is zero.
 
     No zeros are written to be overwritten. Runs stay apart until the end: a compiler copies whole ones.
     """
     for dim, (kept, units) in reversed(list(enumerate(axes))):
         if kept is None:
             continue
-        if kept.tile(units):
+        if kept.whole_runs(units):
             y = _read(y.unflatten(dim, (-1, kept.run)), dim, _slots(kept.blocks(), units // kept.run))
         else:
             slots = _slots(kept.unwrapped(), units + kept.run)
@@ -99,7 +99,7 @@ def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
 def gathered_linear(x: Tensor, weight: Tensor, compact: Tensor, *rest: Any) -> Tensor:
     """The product, with the arguments of `linear_op` and, behind the weight, `compact`.
 
-    compact: W[rows][:, cols], by `gathered_weight`. W's own values are not read.
+    compact: W[rows][:, cols], by `gathered_weight_op`. W's own values are not read.
     """
     *_, bias, rows, cols, scale = grouped(linear_op, (x, weight, *rest))
     made: Tensor = _GatheredLinear.apply(x, weight, compact, bias, rows, cols, scale)  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ class Kept(NamedTuple):
         """Start of the one run, where reading it costs no device synchronisation."""
         return int(self.starts) if self.starts.numel() == 1 and self.starts.device.type == "cpu" else None
 
-    def tile(self, units: int) -> bool:
+    def whole_runs(self, units: int) -> bool:
         """Whether the runs are blocks that the axis divides into."""
         return self.starts.numel() > 1 and units % self.run == 0
 
@@ -61,7 +61,7 @@ class Kept(NamedTuple):
     def units(self, units: int) -> Tensor:
         """Kept positions [width]."""
         positions = self.unwrapped()
-        return positions if self.run == 1 or self.tile(units) else positions % units
+        return positions if self.run == 1 or self.whole_runs(units) else positions % units
 
     # -- of several ----------------------------------------------------------------------------------------------------
 

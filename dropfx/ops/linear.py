@@ -49,7 +49,7 @@ def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: Gathered
         return made if dense is None else dense + made
     if dense is None and kept.dtype == dy.dtype and (starts := kept.row_blocks()) is not None:
         return _product_in_rows(dy, x, kept, starts, scale)
-    if kept.tiles is None:
+    if kept.block_index is None:
         product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
         return kept.scatter(product) if dense is None else kept.add(dense, product)
     add = dense is not None
@@ -63,7 +63,7 @@ def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: Gathered
             write = there.index_add_ if add else there.index_copy_
             write(1, blocks, aligned_mm(part.t(), x, scale).unflatten(1, (-1, width)).to(kept.dtype))
         return dense
-    index, width = kept.tiles
+    index, width = kept.block_index
     write = dense.view(-1, width).index_add_ if add else dense.view(-1, width).index_copy_
     for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
         write(0, where, scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))

@@ -27,7 +27,7 @@ def _residual_add(base: Tensor, y: Tensor, kept: Kept, dim: int, units: int, alp
     """dim counts from the end (negative), so that it names the same axis of both."""
     shape = torch.broadcast_shapes(base.shape, torch.Size(dense_shape(y, dim, units)))
     dense = base.to(torch.result_type(base, y)).expand(shape)
-    if kept.grouped or not kept.tile(units):
+    if kept.grouped or not kept.whole_runs(units):
         return dense + scatter_groups(y * alpha, dim, kept, units)
     out = dense.clone(memory_format=torch.contiguous_format)
     tiled = out.unflatten(dim, (-1, kept.run))

@@ -28,7 +28,7 @@ def gather(x: Tensor, dim: int, kept: Kept) -> Tensor:
             return x.narrow(dim, start, kept.run)
         tail = units - start
         return torch.cat([x.narrow(dim, start, tail), x.narrow(dim, 0, kept.run - tail)], dim)
-    if not kept.tile(units) or kept.run == 1:
+    if not kept.whole_runs(units) or kept.run == 1:
         return x.index_select(dim, kept.units(units))
     dim %= x.dim()
     tiled: Tensor = x.unflatten(dim, (-1, kept.run))
@@ -41,7 +41,7 @@ def scatter(y: Tensor, dim: int, kept: Kept, units: int) -> Tensor:
     start = kept.window()
     if start is not None:
         return _scatter_window(y, dim, start, units)
-    if not kept.tile(units):
+    if not kept.whole_runs(units):
         # padding of a ragged block wraps onto kept units, where it must add its zeros and not overwrite
         return y.new_zeros(_resized(y, dim, units)).index_add_(dim, kept.units(units), y)
     if kept.run == 1:
@@ -85,17 +85,17 @@ class GatheredWeight:
         self.partial = rows is not None or cols is not None
 
     @cached_property
-    def tiles(self) -> tuple[Tensor, int] | None:
+    def block_index(self) -> tuple[Tensor, int] | None:
         """Flat index of the kept tiles in the weight seen as [N * K/b, b], with b; built once a draw.
 
         None where the axes have no runs worth copying whole.
         """
         rows, cols = self.rows, self.cols
-        if not self.partial or (rows is not None and not rows.tile(self.n)):
+        if not self.partial or (rows is not None and not rows.whole_runs(self.n)):
             return None
         if cols is None:
             return (rows.units(self.n), self.k) if rows is not None else None
-        if cols.run < MIN_RUN or not cols.tile(self.k):
+        if cols.run < MIN_RUN or not cols.whole_runs(self.k):
             return None
         units = torch.arange(self.n, device=cols.starts.device) if rows is None else rows.units(self.n)
         return (units[:, None] * (self.k // cols.run) + cols.blocks()).view(-1), cols.run
@@ -105,13 +105,13 @@ class GatheredWeight:
         rows = self.rows
         if rows is None or self.cols is not None or rows.starts.device.type != "cpu" or rows.run < MIN_RUN:
             return None
-        return rows.starts.tolist() if rows.tile(self.n) else None
+        return rows.starts.tolist() if rows.whole_runs(self.n) else None
 
     def gather(self, weight: Tensor) -> Tensor:
         """W [N, K] -> W[rows][:, cols] [N', K']; a view where the runs are windows that do not wrap."""
         if self.flipped is not None:
             return self.flipped.gather(weight.t()).t()
-        tiles = self.tiles if weight.is_contiguous() else None
+        tiles = self.block_index if weight.is_contiguous() else None
         if tiles is None:
             out = weight if self.rows is None else gather(weight, 0, self.rows)
             return out if self.cols is None else gather(out, 1, self.cols)

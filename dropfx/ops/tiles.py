@@ -131,10 +131,10 @@ def _weight_gradient(dy: Tensor, x: Tensor, tiles: _Tiles, scale: float) -> Tens
     dense = x.new_zeros(tiles.n, tiles.k, dtype=tiles.dtype)
     for rows, cols, kept in tiles.parts:
         product = scaled_mm(dy[:, rows].t(), x[:, cols], scale).to(tiles.dtype)
-        if torch.is_grad_enabled() or kept.tiles is None:
+        if torch.is_grad_enabled() or kept.block_index is None:
             dense = dense + kept.scatter(product)
         else:
-            index, width = kept.tiles
+            index, width = kept.block_index
             dense.view(-1, width).index_copy_(0, index, product.view(-1, width))
     return dense
 

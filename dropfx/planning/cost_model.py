@@ -14,7 +14,7 @@ from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.planning.min_cut import Prices
-from dropfx.planning.regions import Region, is_product
+from dropfx.planning.regions import SUMS, Region, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""
@@ -86,7 +86,8 @@ def _labels(
         return _nanoseconds(times[1]), _nanoseconds(times[0])
     if node is region.site:
         return _nanoseconds(2 * costs.move(elements * keep, itemsize)), _nanoseconds(costs.dropout(elements, itemsize))
-    if node in region.sinks:  # residual add
+    if node in region.sinks:
+        assert op_name(node) in SUMS, node
         kept = costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
         return _nanoseconds(kept), _nanoseconds(costs.move(elements, itemsize, 3))
     each = 2 * (1 + len(region.wants.get(node, {})))

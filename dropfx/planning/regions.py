@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ from dropfx.graph.size_origin import is_fixed
 from dropfx.planning.batch_statistics import reached_statistic
 
 GEMMS = ("linear", "embedding")
+"""Layers that can make compact values of their own: they look up or multiply by a part of their weight."""
+SUMS = ("add", "sub", "subtract")
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")
@@ -164,11 +166,21 @@ def _over_units(node: fx.Node, axis: UnitAxis) -> bool:
 
 
 def _gatherable(node: fx.Node) -> bool:
-    if op_name(node) == "linear":
-        weight = value_of(argument(node, 1, "weight"))
-        return weight is not None and weight.dim() == 2 and value_of(node) is not None
+    """Whether the arguments of one of GEMMS are such that its weight can be gathered."""
+    return _PLAIN[op_name(node)](node)
+
+
+def _plain_linear(node: fx.Node) -> bool:
+    weight = value_of(argument(node, 1, "weight"))
+    return weight is not None and weight.dim() == 2 and value_of(node) is not None
+
+
+def _plain_embedding(node: fx.Node) -> bool:
     plain = (("max_norm", 3, None), ("scale_grad_by_freq", 5, False), ("sparse", 6, False))
     return all(argument(node, place, name, default) == default for name, place, default in plain)
+
+
+_PLAIN: dict[str, Callable[[fx.Node], bool]] = {"linear": _plain_linear, "embedding": _plain_embedding}
 
 
 def _grow_after(region: Region, taken: set[fx.Node]) -> None:
@@ -184,9 +196,11 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
             _linear_consumer(region, node, read)
         elif free and node not in taken and recurrent_weight(node) in read:
             _recurrent_consumer(region, node, read)
-        elif free and node not in taken and (at := _unitwise_after(region, node, read, zeros)) is not None:
-            region.forms[node] = at
+        elif free and node not in taken and (found := _unitwise_after(region, node, read, zeros)) is not None:
+            region.forms[node], region.wants[node] = found
             zeros.add(node)
+            if _straight(region, node, read):
+                region.straight.add(node)
         elif free and node not in taken and _takes_residual(node, read, region):
             region.sinks.add(node)
             region.wants[node] = {read[0]: region.forms[read[0]]}
@@ -228,7 +242,10 @@ def _recurrent_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> N
         region.wants[node] = {weight: at}
 
 
-def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]) -> UnitAxis | None:
+def _unitwise_after(
+    region: Region, node: fx.Node, read: list[fx.Node], zeros: set[fx.Node]
+) -> tuple[UnitAxis, Operands] | None:
+    """Where the units of an operation of units lie, and what it reads compact; None where it is none or mixes them."""
     rule = rule_of(node)
     if rule is None or not rule.zero(node, zeros):
         return None
@@ -241,8 +258,7 @@ def _unitwise_after(region: Region, node: fx.Node, read: list[fx.Node], zeros: s
         return None
     if region.leading is not None and not _keeps_groups(region, node, read):
         return None
-    region.wants[node] = operands
-    return at
+    return at, operands
 
 
 def _fixed_behind(node: fx.Node, axis: UnitAxis) -> bool:
@@ -255,10 +271,13 @@ def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
     """Whether the rows of a node after the site are the site's, in order."""
     rule = rule_of(node)
     assert rule is not None
-    straight = rule.leads(node) and region.straight.issuperset(read)
-    if straight:
-        region.straight.add(node)
-    return (straight or not rule.moves_rows) and all(_same_leading(o, node) for o in read)
+    return (_straight(region, node, read) or not rule.moves_rows) and all(_same_leading(o, node) for o in read)
+
+
+def _straight(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
+    """Whether the first axis of a node after the site is the site's."""
+    rule = rule_of(node)
+    return rule is not None and rule.leads(node) and region.straight.issuperset(read)
 
 
 def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
@@ -311,7 +330,7 @@ def residual_base(node: fx.Node, branch: fx.Node) -> Any:
 def _takes_residual(node: fx.Node, read: list[fx.Node], region: Region) -> bool:
     """Whether node is `base + read` (or base - read), a sum that can add the kept units alone."""
     name, branch = op_name(node), read[0]
-    if name not in ("add", "sub", "subtract") or len(node.args) != 2 or len(read) != 1:
+    if name not in SUMS or len(node.args) != 2 or len(read) != 1:
         return False
     if name != "add" and node.args[1] is not branch:
         return False

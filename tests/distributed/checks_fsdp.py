@@ -267,7 +267,7 @@ def restored_or_compiled_anew_it_stays_sharded() -> None:
         train(make(), model, steps=1)
         dropfx.restore(model)
         assert isinstance(model, FSDPModule)
-        assert not any(issubclass(type(part), dropfx.frontend.compiled_module.Compiled) for part in model.modules())
+        assert not any(issubclass(type(part), dropfx.frontend.swapped_class.Compiled) for part in model.modules())
         assert not any("_dropfx" in part.__dict__ for part in model.modules())
         model.set_requires_gradient_sync(True)
         x, copy = mine(batch()[0]), plain_copy(model)

@@ -65,7 +65,7 @@ def test_a_failing_pass_is_a_warning_and_the_graph_runs_as_written(monkeypatch: 
     def broken(module: Any, context: Any) -> Any:
         raise KeyError("broken")
 
-    monkeypatch.setattr("dropfx.frontend.rewrite_graph.PIPELINE", (broken,))
+    monkeypatch.setattr("dropfx.frontend.rewrite_captured.PIPELINE", (broken,))
     compiled, x = captured(mlp(48, 96, 8), inner="eager"), torch.randn(6, 48)
     with pytest.warns(RuntimeWarning, match="pass 'broken' failed.*runs as written"):
         out = compiled(x)

@@ -64,7 +64,7 @@ class Asked(NamedTuple):
     passes: Sequence[Pass] | None = None
 
 
-def rewrite(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
+def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
     """A rewritten copy, whose further inputs are those of its parts in their order; no parts where nothing drops.
 
     Raises:
@@ -79,7 +79,7 @@ def rewrite(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[
     parts = [_bind(module, graph, context, asked)] if context.sites else []
     whole = fx.GraphModule(module, graph)
     for node, body in checkpoints(module, graph):
-        made, inner = rewrite(body, asked)
+        made, inner = rewrite_captured(body, asked)
         made.meta.update(body.meta)  # the policy of a selective checkpoint
         setattr(whole, str(cast(fx.Node, node.args[0]).target), made)
         _pass_on(graph, node, inner, asked.naming)
