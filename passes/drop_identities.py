@@ -12,13 +12,13 @@ from torch import fx
 
 from dropfx.graph.nodes import argument, op_name, parts_of, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import CATS, SPLITS
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.graph.size_origin import SPLITS, is_fixed, origin
+from dropfx.graph.size_origin import is_fixed, origin
 
-_JOINS = ("cat", "concat", "concatenate")
 _EXPANSIONS = ("expand", "broadcast_to")
 _REPETITIONS = ("repeat", "tile")
-_COPIES = (*_JOINS, *_REPETITIONS, "pad")
+_COPIES = (*CATS, *_REPETITIONS, "pad")
 
 
 def drop_identities(module: fx.GraphModule, context: Context) -> PassResult:
@@ -52,7 +52,7 @@ def _drop(node: fx.Node, source: fx.Node) -> bool:
 def _source(node: fx.Node) -> fx.Node | None:
     """The value that a node passes on; None where it may change it."""
     name, first = op_name(node), argument(node, 0, "input")
-    if name in _JOINS:
+    if name in CATS:
         parts: Any = first if first is not None else argument(node, 0, "tensors")
         return parts[0] if isinstance(parts, (list, tuple)) and len(parts) == 1 else None
     if not isinstance(first, fx.Node):

@@ -18,11 +18,10 @@ from dropfx import ops
 from dropfx.graph.emit import Emitter
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import CATS
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.size_origin import is_fixed
 from dropfx.planning.regions import is_dropped
-
-CATS = ("cat", "concat", "concatenate")
 
 
 class Whole(NamedTuple):

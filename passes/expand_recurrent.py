@@ -16,7 +16,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS, recurrent_names
 from dropfx.graph.dropout_ops import Call as SiteCall
 from dropfx.graph.emit import Emitter
 from dropfx.graph.nodes import argument, value_of
@@ -69,10 +69,7 @@ class Call(NamedTuple):
 
 def _call(node: fx.Node) -> Call | None:
     """The arguments, None where they are not all known here."""
-    names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
-    packed = len(node.args) > 3 and isinstance(node.args[3], (list, tuple))
-    names = ("data", "batch_sizes", *names[1:-1]) if packed else names
-    given = {name: argument(node, place, name) for place, name in enumerate(names)}
+    given = {name: argument(node, place, name) for place, name in enumerate(recurrent_names(node.args))}
     x, hx, params = given.get("input", given.get("data")), given["hx"], given["params"]
     states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
     if any(value_of(operand) is None for operand in (x, *states, *params)):

@@ -10,9 +10,8 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.nodes import insert, op_name, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
-
-_PRODUCTS = ("mul", "multiply")
 
 
 def fold_masks(module: fx.GraphModule, context: Context) -> PassResult:
@@ -37,7 +36,7 @@ def _kept_ones(node: object) -> bool:
 
 
 def _fold(product: fx.Node, mask: fx.Node) -> bool:
-    if op_name(product) not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
+    if op_name(product) not in MULTIPLICATIONS or len(product.args) != 2 or product.kwargs:
         return False
     x = product.args[1] if product.args[0] is mask else product.args[0]
     value, made, form = value_of(x), value_of(product), notes(mask).get("form")

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, value_of, writes_in_place
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import SPLITS
 from dropfx.graph.pass_infra import Context, PassResult
 
 _NO_FUNCTIONAL_FORM = frozenset(
@@ -37,7 +38,7 @@ _REPLAYABLE = (
     "permute",
     "t",
     "getitem",
-    *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"),
+    *(*SPLITS, "hsplit", "vsplit", "dsplit", "unbind"),
 )
 _INVERTIBLE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 

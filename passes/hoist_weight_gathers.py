@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from dropfx import ops
 from dropfx.graph.nodes import insert, matrix_of
-from dropfx.graph.notes import notes
+from dropfx.graph.notes import forms_of, notes
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.planning.lowering import forms_of
 
 
 def hoist_weight_gathers(module: fx.GraphModule, context: Context) -> PassResult:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import fx
 
 from dropfx import ops
+from dropfx.graph.notes import forms_of
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.planning.lowering import forms_of
 
 
 def keep_weights(module: fx.GraphModule, context: Context) -> PassResult:

@@ -19,11 +19,10 @@ from dropfx.graph.dropout_ops import Call
 from dropfx.graph.emit import Emitter, fake_value
 from dropfx.graph.nodes import argument, insert, op_name, value_of
 from dropfx.graph.notes import Dropping, notes
+from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
 
-_PRODUCTS = ("mul", "multiply")
-_QUOTIENTS = ("div", "truediv", "divide", "true_divide")
 _EXPANSIONS = ("expand", "expand_as")
 _BROADCASTS = (*_EXPANSIONS, "unsqueeze", "detach")
 _FILLS = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value"}
@@ -134,18 +133,18 @@ def _factor(node: fx.Node, mask: fx.Node) -> float | None:
     name = op_name(node)
     if name in _BROADCASTS and node.args[:1] == (mask,) and mask not in node.args[1:]:
         return 1.0
-    if len(node.args) != 2 or node.kwargs or name not in (*_PRODUCTS, *_QUOTIENTS):
+    if len(node.args) != 2 or node.kwargs or name not in (*MULTIPLICATIONS, *DIVISIONS):
         return None
     first, second = node.args
-    number = second if first is mask else first if name in _PRODUCTS else None
+    number = second if first is mask else first if name in MULTIPLICATIONS else None
     if not isinstance(number, (int, float)) or not number:
         return None
-    return number if name in _PRODUCTS else 1 / number
+    return number if name in MULTIPLICATIONS else 1 / number
 
 
 def _product(node: fx.Node, mask: fx.Node) -> _Product | None:
     """The product of a mask and another value, of which it drops units."""
-    if op_name(node) not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+    if op_name(node) not in MULTIPLICATIONS or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
     x = second if first is mask else first

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dropfx.graph.dropout_ops import RECURRENT_FUNCTIONS
 from dropfx.graph.nodes import argument, insert, op_name, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
 
 
@@ -21,7 +22,7 @@ def recognise_row_masks(module: fx.GraphModule, context: Context) -> PassResult:
     modified = False
     for node in list(module.graph.nodes):
         weighs = any(user.target in RECURRENT_FUNCTIONS for user in node.users)
-        if weighs and op_name(node) in ("mul", "multiply") and len(node.args) == 2 and not node.kwargs:
+        if weighs and op_name(node) in MULTIPLICATIONS and len(node.args) == 2 and not node.kwargs:
             modified |= any(_recognise(node, *pair) for pair in (node.args, node.args[::-1]))
     return PassResult(module, modified)
 

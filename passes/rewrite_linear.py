@@ -6,7 +6,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, op_name
-from dropfx.graph.notes import Form, notes
+from dropfx.graph.notes import forms_of, notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
 
@@ -20,15 +20,10 @@ def rewrite_linear(module: fx.GraphModule, context: Context) -> PassResult:
         graph = node.graph
         with graph.inserting_before(node):
             x, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-            rows = _kept(graph, notes(node).get("form"), context)
-            cols = _kept(graph, next(iter(notes(node).get("reads", {}).values()), None), context)
+            cols, rows = (None if form is None else kept_of(graph, form, context) for form in forms_of(node))
             args = ops.flat(ops.linear_op, x, weight, argument(node, 2, "bias"), rows, cols, 1.0)
             new = insert(graph, ops.linear_op, args, like=node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
         modified = True
     return PassResult(module, modified)
-
-
-def _kept(graph: fx.Graph, form: Form | None, context: Context) -> ops.Kept | None:
-    return None if form is None else kept_of(graph, form, context)

@@ -9,9 +9,9 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.nodes import insert, op_name, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import SUMS
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.passes.rewrite_sites import kept_of
-from dropfx.planning.regions import SUMS
 
 
 def rewrite_residual(module: fx.GraphModule, context: Context) -> PassResult:

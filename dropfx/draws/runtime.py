@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS, Call
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS, Call, recurrent_names
 
 Masks = dict[str, Tensor]
 
@@ -156,7 +156,7 @@ class _KeepAll(TorchFunctionMode):
         if func in DROPOUT_FUNCTIONS or func in _IDENTITY:
             return args[0] if args else kwargs["input"]
         if func in RECURRENT_FUNCTIONS:
-            place = 6 if isinstance(args[3], (list, tuple)) else 5  # packed inputs come with their batch sizes
+            place = recurrent_names(args).index("dropout")
             args = (*args[:place], 0.0, *args[place + 1 :])
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args

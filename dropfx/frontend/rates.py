@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from dropfx.frontend.checkpoints import walk
-from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, RECURRENT_FUNCTIONS, recurrent_names
 from dropfx.graph.nodes import argument
 
 _ARITHMETIC = ("_operator", "math", "builtins")
@@ -74,7 +74,7 @@ def rate_of(node: fx.Node) -> Any:
     if node.target in DROPOUT_FUNCTIONS:
         return argument(node, 1, "p", 0.5)
     if node.target in RECURRENT_FUNCTIONS:
-        return argument(node, 6 if isinstance(argument(node, 3, "params"), (list, tuple)) else 5, "dropout")
+        return argument(node, recurrent_names(node.args).index("dropout"), "dropout")
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,15 @@ RECURRENT_FUNCTIONS: dict[Any, str] = {
     torch.rnn_relu: "rnn_relu",
 }
 """Functions of all layers of a recurrent network, with dropouts between these -> kind of the cell."""
+
+_PADDED = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+_PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+
+
+def recurrent_names(args: Sequence[Any]) -> tuple[str, ...]:
+    """Names of the positional arguments of a RECURRENT_FUNCTION, whose packed inputs come with their batch sizes."""
+    return _PACKED if len(args) > 3 and isinstance(args[3], (list, tuple)) else _PADDED
+
 
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

@@ -86,3 +86,8 @@ def sites_of(node: fx.Node) -> set[int]:
     """Numbers of the sites by whose draws the plan made a node compact, or made it read compact."""
     forms = [notes(node).get("form"), *notes(node).get("reads", {}).values()]
     return {form.site for form in forms if form is not None}
+
+
+def forms_of(node: fx.Node) -> tuple[Form | None, Form | None]:
+    """What a node of one compact operand reads, and what it emits; None where dense."""
+    return next(iter(notes(node).get("reads", {}).values()), None), notes(node).get("form")

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
+from dropfx.graph.op_families import SPLITS
 
-SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 Source = tuple[fx.Node, int]
 
 

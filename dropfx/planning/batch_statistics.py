@@ -19,6 +19,7 @@ from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_pe
 from dropfx.graph.axis_rules.along import DIM
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.op_families import CATS, DIVISIONS, SPLITS
 from dropfx.ops.shared_dropout import shared_dropout
 
 BATCH_NORM = "a draw shared by the batch would reach the statistics of a batch normalisation"
@@ -74,7 +75,6 @@ _SPREADS = {
 }
 """Spreads and lengths along axes -> place, name and default of the argument that names the axes."""
 _DIVISORS = ("rsqrt", "reciprocal")
-_QUOTIENTS = ("div", "truediv", "divide", "true_divide")
 
 
 def _statistic(module: fx.GraphModule, node: fx.Node, read: dict[fx.Node, Trail]) -> str:
@@ -122,7 +122,7 @@ def _divides_by(node: fx.Node, read: dict[fx.Node, Trail]) -> bool:
     name = _plain(node)
     if name in _DIVISORS:
         divisor: Any = argument(node, 0, "input")
-    elif name in _QUOTIENTS:
+    elif name in DIVISIONS:
         divisor = argument(node, 1, "other")
     elif name == "pow":
         exponent = argument(node, 1, "exponent")
@@ -153,10 +153,7 @@ _BROADCASTS = frozenset(["expand", "expand_as", "broadcast_to", "repeat", "tile"
 _SPATIAL = ("pool", "interpolate", "upsample", "pad")
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "nanmean", "nansum", "logsumexp")
 _PARTS = (
-    "chunk",
-    "split",
-    "tensor_split",
-    "split_with_sizes",
+    *SPLITS,
     "unsafe_chunk",
     "unsafe_split",
     "unsafe_split_with_sizes",
@@ -206,7 +203,7 @@ def _behind(node: fx.Node, read: dict[fx.Node, Trail]) -> Trail | None:
 
 def _known(name: str) -> bool:
     rule = AXIS_RULES.get(name)
-    if rule is not None and (rule.pointwise or name in COPIES or name in ("cat", "concat", "concatenate")):
+    if rule is not None and (rule.pointwise or name in COPIES or name in CATS):
         return True
     return name in _ELEMENTWISE.split() or name in _BROADCASTS or any(part in name for part in _SPATIAL)
 

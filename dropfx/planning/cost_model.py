@@ -13,8 +13,9 @@ from dropfx import ops
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import SUMS
 from dropfx.planning.min_cut import Prices
-from dropfx.planning.regions import SUMS, Region, is_product
+from dropfx.planning.regions import Region, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dropfx import ops
 from dropfx.draws.draw_plan import DrawPlan
 from dropfx.graph.nodes import value_of
-from dropfx.graph.notes import notes
+from dropfx.graph.notes import forms_of, notes
 from dropfx.graph.pass_infra import Context
 from dropfx.ops.triton_available import why_no_kernels
 from dropfx.planning.cost_model import lowered_times
@@ -58,11 +58,6 @@ def _predicted(node: fx.Node, context: Context, why: str) -> Choice:
     reads, makes = (_keep(form, context) for form in forms_of(node))
     times = lowered_times(node, reads, makes, context.costs)
     return Choice(min(times, key=lambda name: times[name]), f"by the device's cost table; {why}")
-
-
-def forms_of(node: fx.Node) -> tuple[Any, Any]:
-    """What a Linear reads compact and what it makes compact."""
-    return next(iter(notes(node).get("reads", {}).values()), None), notes(node).get("form")
 
 
 def _keep(form: Any, context: Context) -> float:

@@ -13,13 +13,13 @@ from dropfx.graph.axis_rules import Operands, rule_of
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
+from dropfx.graph.op_families import SUMS
 from dropfx.graph.pass_infra import Site
 from dropfx.graph.size_origin import is_fixed
 from dropfx.planning.batch_statistics import reached_statistic
 
 GEMMS = ("linear", "embedding")
 """Layers that can make compact values of their own: they look up or multiply by a part of their weight."""
-SUMS = ("add", "sub", "subtract")
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")

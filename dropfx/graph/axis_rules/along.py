@@ -9,15 +9,16 @@ from torch import fx
 from dropfx.graph.axis_rules.rule import AxisRule, Operands, Zero
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import UnitAxis
+from dropfx.graph.op_families import CATS, SPLITS
 
 DIM: dict[str, tuple[int, str, Any]] = {
     **dict.fromkeys(("narrow", "select", "index_select", "cumsum"), (1, "dim", None)),
-    **dict.fromkeys(("chunk", "split", "tensor_split", "split_with_sizes"), (2, "dim", 0)),
+    **dict.fromkeys(SPLITS, (2, "dim", 0)),
     "unbind": (1, "dim", 0),
     **dict.fromkeys(("flip", "sum", "mean", "amax", "amin"), (1, "dim", None)),
     "roll": (2, "dims", None),
     **dict.fromkeys(("softmax", "log_softmax"), (1, "dim", None)),
-    **dict.fromkeys(("cat", "concat", "concatenate"), (1, "dim", 0)),
+    **dict.fromkeys(CATS, (1, "dim", 0)),
 }
 """Operations along an axis -> place, name and default of the argument that names it (or several)."""
 _REDUCTIONS = ("sum", "mean", "amax", "amin")

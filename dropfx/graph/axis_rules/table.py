@@ -31,6 +31,7 @@ from dropfx.graph.axis_rules.views import (
 )
 from dropfx.graph.nodes import op_name, parts_of, value_of
 from dropfx.graph.notes import notes
+from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS, SUMS
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
@@ -48,9 +49,9 @@ PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "
 AXIS_RULES: dict[str, AxisRule] = {
     **{name: pointwise(always) for name in _ZERO_AT_ZERO.split()},
     **{name: pointwise(never) for name in _NOT_ZERO_AT_ZERO.split()},
-    **{name: pointwise(always) for name in ("mul", "multiply")},
-    **{name: pointwise(all_operands) for name in ("add", "sub", "subtract")},
-    **{name: pointwise(numerator) for name in ("div", "truediv", "divide", "true_divide")},
+    **{name: pointwise(always) for name in MULTIPLICATIONS},
+    **{name: pointwise(all_operands) for name in SUMS},
+    **{name: pointwise(numerator) for name in DIVISIONS},
     **{name: pointwise(clamp_holds_zero) for name in ("clamp", "clip")},
     "hardtanh": pointwise(hardtanh_holds_zero),
     "threshold": pointwise(threshold_zero),

@@ -1,0 +1,8 @@
+"""Spellings of one operation, as `op_name` tells them apart."""
+
+CATS = ("cat", "concat", "concatenate")
+MULTIPLICATIONS = ("mul", "multiply")
+DIVISIONS = ("div", "truediv", "divide", "true_divide")
+SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
+"""Along one axis, which all keep."""
+SUMS = ("add", "sub", "subtract")
