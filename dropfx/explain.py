@@ -59,6 +59,8 @@ class Report:
         flops_dense, flops_compact: FLOPs of the model's Linears, forward and backward.
         opaque: path of a module that runs as written -> why.
         lowerings: gathered operation and its sites -> what executes it, and why; empty where there was no choice.
+        seconds_written, seconds_planned: predicted for forward and backward of the captured graphs, as written and as
+            rewritten, by the device's cost table; the loss and the optimizer are not in them.
     """
 
     sites: list[SiteReport]
@@ -66,6 +68,13 @@ class Report:
     flops_compact: int
     opaque: dict[str, str] = field(default_factory=dict)
     lowerings: dict[str, str] = field(default_factory=dict)
+    seconds_written: float = 0.0
+    seconds_planned: float = 0.0
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Of forward and backward of all captured graphs, by the device's cost table."""
+        return self.seconds_written / self.seconds_planned if self.seconds_planned else 1.0
 
     @property
     def flop_ratio(self) -> float:
@@ -85,6 +94,11 @@ class Report:
             lines.append(
                 f"Linear and recurrent FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} "
                 f"({self.flop_ratio:.2f}x)"
+            )
+        if rewritten:
+            lines.append(
+                f"predicted step, forward and backward: {1e3 * self.seconds_written:.3g} -> "
+                f"{1e3 * self.seconds_planned:.3g} ms ({self.predicted_speedup:.2f}x)"
             )
         lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
         lines += [
@@ -184,6 +198,7 @@ def _report(trial: nn.Module, options: Options) -> Report:
     opaque: dict[str, str] = {}
     lowerings: dict[str, str] = {}
     dense = compact = 0
+    seconds = [0.0, 0.0]
     captures = [s.capture for m in trial.modules() if (s := m.__dict__.get("_dropfx")) is not None and s.capture]
     for capture in captures:
         opaque.update(capture.left)
@@ -192,11 +207,12 @@ def _report(trial: nn.Module, options: Options) -> Report:
         for context in (c for variant in graph.variants for c in variant.contexts):
             sites += [_row(site, site.call.behind(before).name, options) for site in context.sites]
             dense, compact = dense + context.flops_dense, compact + context.flops_compact
+            seconds = [seconds[0] + context.seconds_written, seconds[1] + context.seconds_planned]
             lowerings.update(context.lowerings)
         before.update(graph.calls)
     listed = {site.name for site in sites}
     sites += [row for row in _unreached(trial, opaque) if row.name not in listed]
-    return Report(sites, dense, compact, opaque, lowerings)
+    return Report(sites, dense, compact, opaque, lowerings, *seconds)
 
 
 def _row(site: Site, name: str, options: Options) -> SiteReport:

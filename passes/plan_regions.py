@@ -15,7 +15,7 @@ from dropfx import ops
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
-from dropfx.planning.cost_model import everything_prices, linear_products, recurrent_flops, region_prices
+from dropfx.planning.cost_model import everything_prices, linear_products, recurrent_flops, region_prices, step_times
 from dropfx.planning.fused_rnn import in_one_piece
 from dropfx.planning.min_cut import cut, price
 from dropfx.planning.regions import Region, RegionRefused, ends, grow, is_product
@@ -49,6 +49,7 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     for index, choice in chosen.items():
         _annotate(index, choice)
     _count_flops(module.graph, context, chosen)
+    context.seconds_written, context.seconds_planned = step_times(module.graph, context)
     return PassResult(module, False)
 
 

@@ -76,6 +76,11 @@ class CapturedGraph:
         return self._naming.drops
 
     @property
+    def rewritten(self) -> bool:
+        """Whether it draws, for any rates."""
+        return any(variant.drops for variant in self.variants)
+
+    @property
     def calls(self) -> Counter[str]:
         """How often the graph calls what drops in it."""
         return self._naming.calls

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from dropfx.draws.runtime import runtime, shared
 from dropfx.errors import NoDropoutWarning
+from dropfx.frontend.left_alone import LeftAlone
 from dropfx.frontend.packed_sequence import takes_packed
 from dropfx.frontend.swapped_class import _rebuild as _rebuild  # by this name in pickles of earlier versions
 from dropfx.frontend.swapped_class import original_class, original_forward, swap, swappable
@@ -41,6 +42,7 @@ class State:
         self._told = quiet or not own
         self.capture: Capture | None = None
         self._watch: Watch | None = None
+        self._left_alone: LeftAlone | None = None
         self._modules: list[nn.Module] | None = None
         self._mentions_masks: bool | None = None
 
@@ -68,12 +70,20 @@ class State:
             self._watch = None
         if _as_written_now() or (shared.disabled and not self._makes_masks(module)):
             return original_forward(module, args, kwargs)
+        looked_at = shared.records or shared.disabled
+        if self._left_alone is not None and not looked_at and self._left_alone.takes(args, kwargs):
+            return original_forward(module, args, kwargs)
         if self.capture is None:
             from dropfx.frontend.capture import Capture  # imports Dynamo, which is slow
 
             self.capture = Capture(module, self.options, self.prefix, self._hand_on)
         with runtime.outermost():
             result = self.capture(module, args, kwargs)
+        if self.capture.left or any(graph.rewritten for graph in self.capture.graphs):
+            self._left_alone = None
+        else:
+            self._left_alone = self._left_alone or LeftAlone(module.modules())
+            self._left_alone.add(args, kwargs)
         if not self._told:
             self._told = True
             graphs = self.capture.graphs
@@ -123,7 +133,7 @@ class State:
 
     def serve(self, module: nn.Module) -> None:
         """Let what was captured of a copy serve `module`."""
-        self._modules = None
+        self._modules = self._left_alone = None
         if self.capture is not None:
             self.capture.serve(module)
 

@@ -19,6 +19,8 @@ class DeviceCosts:
         bytes: streaming memory traffic, bytes/s.
         random: random numbers for an unstructured mask, elements/s.
         launch: fixed time of one operation, seconds.
+        gathered: fixed time of a gathered operation beyond that of PyTorch's own, forward and backward, in eager code.
+        draw: fixed time of a site's draw.
         fused: share of the library's product rate at which a product with a gather runs. Assumed, not measured; it
             decides only where no measurement can.
     """
@@ -27,6 +29,8 @@ class DeviceCosts:
     bytes: float
     random: float
     launch: float
+    gathered: float = 0.0
+    draw: float = 0.0
     fused: float = 0.8
 
     def gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
@@ -45,7 +49,9 @@ class DeviceCosts:
 
 
 DEVICES: dict[str, DeviceCosts] = {
-    "cpu": DeviceCosts(flops={4: 1.0e11, 8: 5.0e10, 2: 5.0e10}, bytes=2.0e10, random=1.0e8, launch=5e-6),
+    "cpu": DeviceCosts(
+        flops={4: 1.0e11, 8: 5.0e10, 2: 5.0e10}, bytes=2.0e10, random=2.5e8, launch=1.2e-5, gathered=1e-4, draw=2.5e-5
+    ),
     "cuda": DeviceCosts(flops={4: 5.0e13, 8: 3.0e13, 2: 6.0e14}, bytes=3.0e12, random=5.0e11, launch=5e-6),
 }
 """Device type -> costs. `cpu`: a few cores with wide vectors; `cuda`: a current data-centre GPU (from data sheets)."""

@@ -80,6 +80,8 @@ class Context:
         draws: site index -> placeholder nodes, filled by insert_draws.
         lowerings: gathered op and its sites -> lowering and why, where there was a choice; filled by lower.
         time_axis: of the recurrent layers' inputs: 0, or 1 where the batch is first; None without any.
+        flops_dense, flops_compact: of the Linears' and recurrent products, forward and backward.
+        seconds_written, seconds_planned: of forward and backward, by the device's cost table.
     """
 
     options: Options
@@ -91,6 +93,8 @@ class Context:
     time_axis: int | None = None
     flops_dense: int = 0
     flops_compact: int = 0
+    seconds_written: float = 0.0
+    seconds_planned: float = 0.0
 
     def scalar_scales(self) -> set[fx.Node]:
         """Those inputs of draws that scale all kept units alike: not those of ragged blocks, a vector."""

@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from dropfx import ops
+from dropfx.graph.axis_rules import COPIES, PERMUTATIONS, RESHAPES
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
-from dropfx.graph.notes import notes
-from dropfx.graph.op_families import SUMS
+from dropfx.graph.notes import Form, forms_of, notes
+from dropfx.graph.op_families import SPLITS, SUMS
+from dropfx.graph.pass_infra import Context
 from dropfx.planning.min_cut import Prices
-from dropfx.planning.regions import Region, is_product
+from dropfx.planning.regions import GEMMS, Region, drops, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""
@@ -53,7 +55,7 @@ def region_prices(region: Region, keep: float, others: Keeps, costs: DeviceCosts
             # forward copies the kept part, backward fills the dense one; a scatter is the reverse
             moved = costs.move(elements * keep, itemsize) + costs.move(elements, itemsize, 1 + keep)
             moved += 2 * (groups - 1) * costs.launch
-            gather[value] = scatter[value] = _nanoseconds(moved)
+            gather[value] = scatter[value] = _nanoseconds(moved + costs.gathered)
     return Prices(compact, dense, gather, scatter)
 
 
@@ -86,14 +88,16 @@ def _labels(
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
     if node is region.site:
-        return _nanoseconds(2 * costs.move(elements * keep, itemsize)), _nanoseconds(costs.dropout(elements, itemsize))
+        kept = costs.draw + 2 * costs.move(elements * keep, itemsize)
+        return _nanoseconds(kept), _nanoseconds(costs.dropout(elements, itemsize))
     if node in region.sinks:
         assert op_name(node) in SUMS, node
-        kept = costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
+        kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
         return _nanoseconds(kept), _nanoseconds(costs.move(elements, itemsize, 3))
     each = 2 * (1 + len(region.wants.get(node, {})))
+    fixed = costs.gathered if op_name(node) in GEMMS else 0.0
     return (
-        _nanoseconds(costs.move(elements * keep, itemsize, each)),
+        _nanoseconds(fixed + costs.move(elements * keep, itemsize, each)),
         _nanoseconds(costs.move(elements, itemsize, each)),
     )
 
@@ -113,7 +117,7 @@ def _linear(
         return products * costs.gemm(m, n, k, itemsize)
     kept = n * k * keep_in * keep_out
     # a product a group; gather of the weight, for several groups again in backward; scatter of its gradient
-    time = groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
+    time = costs.gathered + groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
     moved = groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
     return time + (moved + costs.move(n * k, itemsize, 1)) / sharing  # zeros
 
@@ -144,6 +148,83 @@ def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[flo
     # each step gathers of the state and scatters into its gradient; the kept weight is copied, its gradient put
     moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
     return products(1.0) + (0 if notes(node).get("one_piece") else own), products(keep) + own + moved
+
+
+def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
+    """Seconds of forward and backward by the table: as written, and as planned; the optimizer's are not in it."""
+    written = planned = 0.0
+    converted = set[tuple[fx.Node, Form | None]]()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        times = _node_times(node, context)
+        written, planned = written + times[0], planned + times[1]
+        reads = notes(node).get("reads", {})
+        for operand in node.all_input_nodes:
+            have, want = notes(operand).get("form"), reads.get(operand)
+            for form in {have, want} - {None} if have != want else ():
+                if form is not None and (operand, form) not in converted:
+                    converted.add((operand, form))
+                    elements, itemsize = _size(operand)
+                    keep = _keep(form, context)
+                    moved = context.costs.move(elements * keep, itemsize) + context.costs.move(elements, itemsize)
+                    planned += context.costs.gathered + moved
+    return written, planned
+
+
+def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
+    """Seconds of one operation, as written and as planned, without conversions."""
+    costs, (elements, itemsize) = context.costs, _size(node)
+    reads, makes = forms_of(node)
+    keep_in, keep_out = _keep(reads, context), _keep(makes, context)
+    if op_name(node) == "linear" and is_matrix(node):
+        groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
+        return (
+            _linear(node, 1.0, 1.0, costs, itemsize),
+            _linear(node, keep_in, keep_out, costs, itemsize, groups),
+        )
+    if node.target is ops.recurrence_op:
+        as_written, kept = recurrent_times(node, keep_in, costs)
+        return as_written, kept if reads is not None else as_written
+    passes = 1 + sum(value_of(o) is not None for o in node.all_input_nodes)
+    passes *= 2 if notes(node).get("asks_gradient") else 1
+    if op_name(node) in _FREE or elements == 0:
+        return 0.0, 0.0
+    if op_name(node) in _MATMULS:
+        operands = [value for o in node.all_input_nodes if (value := value_of(o)) is not None]
+        inner = max((v.size(-1) for v in operands), default=1)
+        time = 3 * costs.gemm(elements // max(_size_of_last(node), 1), _size_of_last(node), inner, itemsize)
+        return time, time
+    if drops(node):
+        kept = costs.draw + 2 * costs.move(elements * keep_out, itemsize)
+        dense = costs.dropout(elements, itemsize)
+        return dense, kept if makes is not None else dense
+    fixed = costs.gathered if op_name(node) in GEMMS and makes is not None else 0.0
+    if reads is not None and makes is None:  # a sum that adds the kept units alone
+        kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep_in, itemsize)
+        return costs.move(elements, itemsize, 3), kept
+    return costs.move(elements, itemsize, passes), fixed + costs.move(elements * keep_out, itemsize, passes)
+
+
+_FREE = frozenset([*COPIES, *PERMUTATIONS, *RESHAPES, "getitem", "size", "expand", "expand_as", "select", *SPLITS])
+"""Views, and what is free as far as it is one."""
+_MATMULS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+
+
+def _keep(form: Form | None, context: Context) -> float:
+    fit = None if form is None else context.sites[form.site].fit
+    return 1.0 if fit is None else fit.keep
+
+
+def _size_of_last(node: fx.Node) -> int:
+    value = value_of(node)
+    return 1 if value is None or value.dim() == 0 else int(value.size(-1))
+
+
+def is_matrix(linear: fx.Node) -> bool:
+    """Whether the shapes of a Linear's operands are known, and its weight is a matrix."""
+    weight = value_of(argument(linear, 1, "weight"))
+    return weight is not None and weight.dim() == 2 and value_of(argument(linear, 0, "input")) is not None
 
 
 def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:

@@ -6,13 +6,14 @@ read; after it f(0) = 0 is needed too. Axes are counted from the end, so that br
 """
 
 from dropfx.graph.axis_rules.rule import AxisRule, Operands
-from dropfx.graph.axis_rules.table import AXIS_RULES, COPIES, PERMUTATIONS, rule_of
+from dropfx.graph.axis_rules.table import AXIS_RULES, COPIES, PERMUTATIONS, RESHAPES, rule_of
 from dropfx.graph.axis_rules.views import axes_of_index, axes_of_permutation
 from dropfx.graph.notes import UnitAxis
 
 __all__ = [
     "AXIS_RULES",
     "COPIES",
+    "RESHAPES",
     "PERMUTATIONS",
     "UnitAxis",
     "AxisRule",

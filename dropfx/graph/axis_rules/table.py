@@ -43,7 +43,7 @@ _NOT_ZERO_AT_ZERO = (
 )
 _COPIES = "contiguous clone detach to float double half bfloat16 type type_as cpu cuda alias resolve_conj resolve_neg"
 COPIES = frozenset(_COPIES.split())
-_RESHAPES = "view reshape flatten unflatten squeeze unsqueeze view_as"
+RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
 PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"])
 
 AXIS_RULES: dict[str, AxisRule] = {
@@ -57,7 +57,7 @@ AXIS_RULES: dict[str, AxisRule] = {
     "threshold": pointwise(threshold_zero),
     "pow": pointwise(power_at_least_one),
     **{name: AxisRule(first_operand, first_output, always) for name in COPIES},
-    **{name: AxisRule(reshape_operands, reshape_output, always, lambda node: False) for name in _RESHAPES.split()},
+    **{name: AxisRule(reshape_operands, reshape_output, always, lambda node: False) for name in RESHAPES},
     **{name: AxisRule(permute_operands, permute_output, always, first_stays, moves_rows=True) for name in PERMUTATIONS},
     "getitem": AxisRule(index_operands, index_output, always, index_keeps_first, moves_rows=True),
     "stack": AxisRule(stack_operands, stack_output, all_sources, stack_keeps_first, moves_rows=True),
