@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dropfx import bench
-from dropfx.bench import demo
+from dropfx.bench import calibrate, demo
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.explain import explain
 from dropfx.pattern_statistics import picture
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     patterns = commands.add_parser("patterns", help="compare the patterns' statistics with independent dropout's")
     picture.add_arguments(patterns)
     patterns.set_defaults(run=picture.main)
+    measures = commands.add_parser("calibrate", help="measure this machine's costs, by which sites are chosen")
+    measures.set_defaults(run=calibrate.main)
     benches = commands.add_parser("bench", help="run a benchmark").add_subparsers(required=True, metavar="NAME")
     for name in bench.BENCHES:
         module = bench.load(name)

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -90,7 +91,9 @@ def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModu
 
 def _context(graph: fx.Graph, asked: Asked) -> Context:
     devices = [v.device for n in graph.nodes if isinstance(v := notes(n).get("val"), Tensor)]
-    return Context(asked.options, costs_of(devices[0] if devices else torch.device("cpu")), eager=asked.eager)
+    costs = costs_of(devices[0] if devices else torch.device("cpu"))
+    costs = costs if asked.eager else dataclasses.replace(costs, gathered=0.0)  # a compiler takes the products apart
+    return Context(asked.options, costs, eager=asked.eager)
 
 
 def _bind(module: fx.GraphModule, graph: fx.Graph, context: Context, asked: Asked) -> Part:

@@ -5,9 +5,15 @@ Figures are for classes of device, not for one machine; they decide what pays, t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from dropfx.graph import machine_files
 
 
 @dataclass(frozen=True)
@@ -58,5 +64,39 @@ DEVICES: dict[str, DeviceCosts] = {
 
 
 def costs_of(device: torch.device) -> DeviceCosts:
-    """The costs of a device's class; an unknown class is taken for a GPU."""
-    return DEVICES.get(device.type, DEVICES["cuda"])
+    """What was measured by `dropfx calibrate`, or the costs of a device's class; an unknown one is taken for a GPU."""
+    return measured(device) or DEVICES.get(device.type, DEVICES["cuda"])
+
+
+def costs_file(device: torch.device) -> Path:
+    """Where `dropfx calibrate` keeps the costs of a device."""
+    return machine_files.folder() / f"costs_{machine_files.file_name(device)}"
+
+
+def measured(device: torch.device) -> DeviceCosts | None:
+    """The costs kept for a device; None where there are none, or what there is makes no sense."""
+    return _read(costs_file(device)) if device.type == "cpu" else None
+
+
+@functools.cache
+def _read(path: Path) -> DeviceCosts | None:
+    content = machine_files.read(path)
+    names = {field.name for field in dataclasses.fields(DeviceCosts)}
+    if not isinstance(content, dict) or content.keys() != names or not isinstance(content["flops"], dict):
+        return None
+    flops = content.pop("flops")
+    figures = [*flops.values(), *content.values()]
+    sound = all(isinstance(figure, float) and 0 < figure < math.inf for figure in figures)
+    return DeviceCosts(flops={int(size): rate for size, rate in flops.items()}, **content) if sound else None
+
+
+def keep(device: torch.device, costs: DeviceCosts) -> Path:
+    """Keep measured costs for this and later processes; returns the file.
+
+    Raises:
+        OSError: there is no place for it.
+    """
+    path = costs_file(device)
+    machine_files.write(path, dataclasses.asdict(costs))
+    _read.cache_clear()
+    return path

@@ -6,40 +6,23 @@ one that makes no sense, counts for nothing; writers replace the whole file at o
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from importlib import metadata
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dropfx.kernels.configs as configs
+from dropfx.graph import machine_files
 from dropfx.kernels.configs import Config
 from dropfx.planning import timing
 from dropfx.planning.timing import Step
 
 Timer = Callable[[Step], float]
 _WARM_UP, _REPEATS = 2, 7
-
-
-def folder() -> Path:
-    """$DROPFX_CACHE_DIR, or `dropfx` in the user's cache folder."""
-    given = os.environ.get("DROPFX_CACHE_DIR")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropfx"
-
-
-def file_name(device: torch.device) -> str:
-    """Names the device and all versions that a time depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = (f"{package}-{metadata.version(package)}" for package in ("dropfx", "torch", "triton"))
-    return re.sub(r"[^\w.+-]+", "-", "_".join([name, f"cuda-{torch.version.cuda}", *versions])) + ".json"
 
 
 class Tuner:
@@ -95,21 +78,13 @@ class Tuner:
         """Add what was measured to the file; without one, the process keeps it."""
         seconds, tiles = _read(self._path)  # what others have found meanwhile
         content = {"seconds": seconds | self.seconds, "tiles": tiles | configs.chosen}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, suffix=".tmp", delete=False) as file:
-                json.dump(content, file, indent=1)
-            os.replace(file.name, self._path)
-        except OSError:
-            return
+        with suppress(OSError):
+            machine_files.write(self._path, content)
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, Config]]:
     """What makes sense of a file: seconds by op and lowering, tiles by product."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, not readable, no JSON
-        content = None
+    content = machine_files.read(path)
     seconds, tiles = (_dict_of(content, name) for name in ("seconds", "tiles"))
     return (
         {key: times for key, times in seconds.items() if _are_seconds(times)},
@@ -149,7 +124,7 @@ _tuners: dict[Path, Tuner] = {}
 
 def tuner_for(device: torch.device) -> Tuner:
     """The process' tuner for a device."""
-    path = folder() / file_name(device)
+    path = machine_files.folder() / machine_files.file_name(device)
     if path not in _tuners:
         _tuners[path] = Tuner(path, timer_for(device))
     return _tuners[path]

@@ -1,0 +1,119 @@
+"""Measure what work costs on this machine, for the predictions that decide what is rewritten."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import dropfx
+from dropfx.bench.training import mlp
+from dropfx.errors import DropfxError
+from dropfx.graph.device_costs import DEVICES, DeviceCosts, keep
+from dropfx.planning.timing import Step, seconds
+
+_REPEATS = 9
+_SMALL = (32, 32, 32, 32)
+"""Widths of a perceptron whose arithmetic takes no time beside its calls."""
+_LAUNCHES = 16
+"""Operations that the table counts in a step of it: 8 products, 2 activations, 2 dropouts of 2, and 2 of the sum."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, keep and show."""
+    costs = calibrate()
+    try:
+        path = keep(torch.device("cpu"), costs)
+    except OSError as error:
+        raise DropfxError(f"calibrate: the costs cannot be kept: {error}") from error
+    console = Console()
+    console.print(_table(costs))
+    console.print(f"kept in {path}; delete it to plan by the table again", soft_wrap=True, highlight=False)
+    return 0
+
+
+def calibrate() -> DeviceCosts:
+    """The costs of this machine's CPU, with as many threads as PyTorch uses now."""
+    launch = _small_step(compiled=False) / _LAUNCHES
+    draw = max(_draws() / 2, 1e-7)
+    added = _small_step(compiled=True) - _small_step(compiled=False)
+    return DeviceCosts(
+        flops={4: _flops(torch.float32), 8: _flops(torch.float64), 2: _flops(torch.bfloat16)},
+        bytes=_bytes(),
+        random=_random(),
+        launch=launch,
+        gathered=max((added - 2 * draw) / 3, launch),
+        draw=draw,
+        fused=DEVICES["cpu"].fused,
+    )
+
+
+def _median(step: Step, count: int = 1) -> float:
+    step()
+    return statistics.median(seconds(step, count) / count for _ in range(_REPEATS))
+
+
+def _flops(dtype: torch.dtype, size: int = 1024) -> float:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out))
+
+
+def _bytes(size: int = 2**24) -> float:
+    source = torch.zeros(size)
+    out = torch.empty_like(source)
+    return 2 * size * source.element_size() / _median(lambda: out.copy_(source))
+
+
+def _random(size: int = 2**21) -> float:
+    out = torch.empty(size)
+    with torch.random.fork_rng(devices=[]):
+        return size / _median(lambda: out.bernoulli_(0.5))
+
+
+def _small_step(compiled: bool) -> float:
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = mlp(_SMALL, 0.5)
+        if compiled:
+            model = dropfx.compile(copy.deepcopy(model), min_speedup=0)
+        x = torch.randn(16, _SMALL[0])
+
+        def step() -> None:
+            """Forward and backward."""
+            torch.autograd.backward(model(x).sum())
+
+        return _median(step, 50)
+
+
+def _draws() -> float:
+    """Seconds of the draws of the small model's two sites."""
+    with torch.random.fork_rng(devices=[]):
+        model = dropfx.compile(mlp(_SMALL, 0.5), min_speedup=0)
+        model(torch.randn(16, _SMALL[0]))
+        (graph,) = model.__dict__["_dropfx"].capture.graphs
+        return _median(graph.variants[0].draw, 50)
+
+
+_SHOWN: dict[str, tuple[str, Callable[[DeviceCosts], float]]] = {
+    "products, float32": ("GFLOP/s", lambda costs: costs.flops[4] / 1e9),
+    "products, float64": ("GFLOP/s", lambda costs: costs.flops[8] / 1e9),
+    "products, bfloat16": ("GFLOP/s", lambda costs: costs.flops[2] / 1e9),
+    "memory": ("GB/s", lambda costs: costs.bytes / 1e9),
+    "random numbers": ("million/s", lambda costs: costs.random / 1e6),
+    "an operation": ("us", lambda costs: costs.launch * 1e6),
+    "a gathered operation, more": ("us", lambda costs: costs.gathered * 1e6),
+    "a site's draw": ("us", lambda costs: costs.draw * 1e6),
+}
+
+
+def _table(costs: DeviceCosts) -> Table:
+    table = Table("", "unit", "table", "measured")
+    for name, (unit, figure) in _SHOWN.items():
+        table.add_row(name, unit, f"{figure(DEVICES['cpu']):.3g}", f"{figure(costs):.3g}")
+    return table
