@@ -1,7 +1,8 @@
 """A compiled module: the swapped class, and the state that answers its calls.
 
-The swapped class' forward runs what Dynamo captured of the class' own, rewritten, or that forward itself where nothing
-drops. A module whose parts are called on their own, or whose forward Dynamo cannot follow, hands its options on.
+The forward of the swapped class runs the graphs that Dynamo captured of the original forward, rewritten, or the
+original forward where nothing drops. A module whose parts are called on their own, or whose forward Dynamo cannot
+follow, hands its options on to its parts.
 """
 
 from __future__ import annotations
@@ -145,9 +146,9 @@ class State:
 
 def _never_called(module: nn.Module, adopted: list[str]) -> str:
     name = original_class(module).__name__
-    text = f"dropfx.compile: a gradient arrived, but the forward of {name} was not called, which is what is compiled"
+    text = f"dropfx.compile compiles the forward of {name}, but a gradient arrived and this forward was not called"
     if adopted:
-        return f"{text}; its parts {', '.join(adopted)} are compiled on their own from now on"
+        return f"{text}; from now on its parts {', '.join(adopted)} are compiled on their own"
     return f"{text}; compile the module that is called, as in dropfx.compile(model.net)"
 
 
@@ -160,7 +161,7 @@ def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             yield f"{prefix}{name}", child
 
 
-NOTHING_DROPS = "dropfx.compile: the model has no dropout that is active in training; it is left as it was"
+NOTHING_DROPS = "dropfx.compile: the model has no dropout that is active in training; it runs as written"
 
 
 class Compiled:
