@@ -44,7 +44,7 @@ def parse_input(text: str) -> Tensor:
     found = _INPUT.fullmatch(text.replace(" ", ""))
     dtype = getattr(torch, (found["dtype"] or "float32"), None) if found else None
     if found is None or not isinstance(dtype, torch.dtype):
-        raise InvalidOption(f"--input: got {text!r}, accepted are a shape, a dtype and a bound: 20,35:int64<8800")
+        raise InvalidOption(f"--input: got {text!r}, accepted is SHAPE[:DTYPE[<HIGH]], such as 20,35:int64<8800")
     shape = [int(size) for size in found["shape"].split(",") if size]
     if dtype.is_floating_point:
         return torch.randn(shape).to(dtype)
@@ -55,7 +55,7 @@ def load_model(target: str) -> nn.Module:
     """The model from MODULE:FACTORY or FILE.py:FACTORY; the factory is called without arguments.
 
     Raises:
-        InvalidOption: there is no such module or factory, or it makes no module.
+        InvalidOption: there is no such module or factory, or the factory returns no nn.Module.
     """
     name, _, factory = target.rpartition(":")
     if not name or not factory:
@@ -73,7 +73,7 @@ def load_model(target: str) -> nn.Module:
         raise InvalidOption(f"target: {target!r} cannot be loaded: {error}") from error
     model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
-        raise InvalidOption(f"target: {target!r} made a {type(model).__name__}, accepted is a torch.nn.Module")
+        raise InvalidOption(f"target: {target!r} returned a {type(model).__name__}, accepted is a torch.nn.Module")
     return model
 
 
@@ -105,7 +105,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError("must be finite")
+        raise argparse.ArgumentTypeError("must be a finite number")
     return value
 
 
@@ -122,13 +122,13 @@ def _groups(text: str) -> int | str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dropfx", description="Stop paying for what dropout drops.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    trains = commands.add_parser("demo", help="train an MLP without dropout, with PyTorch's, and with dropfx")
+    trains = commands.add_parser("demo", help="train an MLP without dropout, with PyTorch's dropout, and with dropfx")
     demo.add_arguments(trains)
     trains.set_defaults(run=demo.main)
-    explains = _model_command(commands, "explain", "say what is rewritten and what is not, and why")
+    explains = _model_command(commands, "explain", "list the dropouts: which are rewritten, and why the others are not")
     explains.add_argument("--plot", metavar="FILE.png", help="write a bar chart of the FLOPs (needs matplotlib)")
     explains.set_defaults(run=_explain)
-    checks = _model_command(commands, "check", "compare the compiled model with the masked dense one")
+    checks = _model_command(commands, "check", "compare the compiled model with the original under the same masks")
     checks.add_argument("--draws", type=int, default=3, help="draws to compare (default: 3)")
     checks.set_defaults(run=_check)
     patterns = commands.add_parser("patterns", help="compare the patterns' statistics with independent dropout's")
@@ -147,19 +147,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    command.add_argument("target", metavar="MODULE:FACTORY", help="what makes the model, importable or FILE.py:FACTORY")
+    command.add_argument(
+        "target",
+        metavar="MODULE:FACTORY",
+        help="a model, or a function without arguments that returns one; FILE.py:FACTORY works too",
+    )
     command.add_argument(
         "--input",
         type=_parse_argument,
         action="append",
         default=[],
         metavar="SHAPE[:DTYPE[<HIGH]]",
-        help="one input, such as 20,35:int64<8800; repeat for several",
+        help="shape of one random input, its dtype (default: float32) and, for integers, an exclusive upper bound "
+        "(default: 2), such as 20,35:int64<8800; repeat the option for several inputs",
     )
     command.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
-    command.add_argument("--groups", type=_groups, default=1, help="draws a batch, or 'time': one a step (default: 1)")
-    command.add_argument("--block", type=_block, default="auto", help="units in a block, or auto")
-    command.add_argument("--min-speedup", type=_finite, default=1.05, help="0 rewrites all that can be")
+    command.add_argument(
+        "--groups", type=_groups, default=1, help="draws per batch, or 'time': one per time step (default: 1)"
+    )
+    command.add_argument("--block", type=_block, default="auto", help="units per block, or auto (default: auto)")
+    command.add_argument(
+        "--min-speedup",
+        type=_finite,
+        default=1.05,
+        help="rewrite dropouts with at least this predicted speed-up; 0: all that can be (default: 1.05)",
+    )
     return command
 
 

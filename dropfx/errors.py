@@ -6,7 +6,7 @@ class DropfxError(Exception):
 
 
 class InvalidOption(DropfxError, ValueError):
-    """An option is unknown or its value is not accepted; the message names it and what is accepted."""
+    """An option is unknown or its value is not accepted; the message names the option and what is accepted."""
 
 
 class InvalidModel(DropfxError, TypeError):
@@ -26,12 +26,12 @@ class PassError(DropfxError, RuntimeError):
 
 
 class DoubleBackwardError(DropfxError, RuntimeError):
-    """A second derivative was asked of a registered operator, which has only a first."""
+    """A second derivative was asked for of an operation that has only a first one."""
 
 
 class NotEquivalent(DropfxError, AssertionError):
-    """A compiled model and its masked dense original differ by more than the tolerance."""
+    """A compiled model and its original under the same masks differ by more than the tolerance."""
 
 
 class NoDropoutWarning(UserWarning):
-    """A model without any dropout was given to dropfx.compile, which left it as it was."""
+    """dropfx.compile was given a model without any active dropout, which runs as written."""

@@ -1,4 +1,4 @@
-"""What dropfx.compile does to a model, and why it leaves alone what it leaves alone."""
+"""What dropfx.compile rewrites in a model, and why the rest runs as written."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class SiteReport:
     """One dropout of the training graph.
 
     Attributes:
-        name: module path; `path#2` its second call; `path:dropout_1` a functional dropout.
+        name: path of the module; `path#2` is its second call, `path:dropout_1` the first functional dropout of its
+            forward (docs/how_it_works.md, 3).
         rate: the p that the model asks for.
-        drawn_rate: the exact drop probability that the pattern realises (the rate itself where not rewritten).
-        pattern: name of the pattern, "bernoulli" where not rewritten.
+        drawn_rate: the exact probability with which the pattern drops a unit (`rate` where the site runs as written).
+        pattern: name of the pattern, "bernoulli" where the site runs as written.
         rewritten: whether it is rewritten.
-        reason: why not, "" if rewritten.
-        flops_dense, flops_compact: matrix products around it, forward and backward, as written and compact.
+        reason: why it runs as written, "" if it is rewritten.
+        flops_dense, flops_compact: FLOPs of the matrix products around it, forward and backward, as written and with
+            kept units only.
         predicted_speedup: of the region around it, by the device's cost table.
     """
 
@@ -52,13 +54,13 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found: a row a site, and totals over all Linears of the model.
+    """What `explain` found: a row per site, and totals over all Linears of the model.
 
     Attributes:
         sites: in the order of the forward.
         flops_dense, flops_compact: FLOPs of the model's Linears, forward and backward.
-        opaque: path of a module that runs as written -> why.
-        lowerings: gathered operation and its sites -> what executes it, and why; empty where there was no choice.
+        opaque: path of a module whose forward runs as written, wholly or in part -> why.
+        lowerings: gathered op and its sites -> what executes it, and why; empty where there was no choice.
         seconds_written, seconds_planned: predicted for forward and backward of the captured graphs, as written and as
             rewritten, by the device's cost table; the loss and the optimizer are not in them.
     """
@@ -92,8 +94,8 @@ class Report:
         lines = [f"{rewritten} of {len(self.sites)} dropouts rewritten"]
         if self.flops_compact:
             lines.append(
-                f"Linear and recurrent FLOPs a step: {self.flops_dense:.3g} -> {self.flops_compact:.3g} "
-                f"({self.flop_ratio:.2f}x)"
+                f"FLOPs of Linears and recurrences per training step: {self.flops_dense:.3g} -> "
+                f"{self.flops_compact:.3g} ({self.flop_ratio:.2f}x)"
             )
         if rewritten:
             lines.append(
@@ -102,13 +104,15 @@ class Report:
             )
         lines += [f"{operation}: {choice}" for operation, choice in self.lowerings.items()]
         lines += [
-            f"{f'module {path!r}' if path else 'the model'} runs as written, or a part of it: {reason}"
+            f"{f'module {path!r}' if path else 'the model'} runs as written, wholly or in part: {reason}"
             for path, reason in self.opaque.items()
         ]
         return out.getvalue() + "\n".join(lines)
 
     def _table(self) -> Table:
-        table = Table("site", "rate", "drawn", "pattern", "FLOPs", "compact", "predicted", "reason")
+        table = Table(
+            "site", "rate", "drawn\nrate", "pattern", "FLOPs", "compact\nFLOPs", "predicted\nspeed-up", "reason"
+        )
         for site in self.sites:
             figures = (f"{site.flops_dense:.2e}", f"{site.flops_compact:.2e}", f"{site.predicted_speedup:.2f}x")
             table.add_row(
@@ -122,7 +126,7 @@ class Report:
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart of dense and compact FLOPs a site to `path` (needs the `plot` extra).
+        """Write a bar chart of dense and compact FLOPs per site to `path` (needs the `plot` extra).
 
         Raises:
             DropfxError: matplotlib is not installed.
@@ -146,10 +150,10 @@ class Report:
 def explain(
     model: nn.Module, *inputs: Any, options: dict[str, Any] | None = None, kwargs: dict[str, Any] | None = None
 ) -> Report:
-    """Say for each dropout of `model` whether `dropfx.compile` rewrites it, and why not.
+    """Say for each dropout of `model` whether `dropfx.compile` rewrites it, and if it does not, why.
 
-    Analyses the training graph whatever the model's flags are, by one forward of a copy that shares the parameters;
-    the model, its flags, buffers and the random generators are left as they were.
+    Runs one training forward of a copy that shares the parameters, whatever the `training` flags of the model are. The
+    model, its flags, its buffers and the random generators do not change.
 
     Args:
         model: any module, compiled or not.
@@ -163,7 +167,7 @@ def explain(
     check_model(model)
     checked = options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
-    if tensor_parallel(model, (inputs, kwargs)):  # left alone as a whole: there is nothing to try
+    if tensor_parallel(model, (inputs, kwargs)):  # all of it runs as written: there is nothing to try
         opaque = {"": TENSOR_PARALLEL}
         return Report(_unreached(model, opaque), 0, 0, opaque)
     trial = training_copy(model)
@@ -183,7 +187,7 @@ def explain(
 
 
 def options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
-    """The options given, checked; without them those that the model was compiled with, or the defaults."""
+    """The given options, checked; without any, those that the model was compiled with, or the defaults."""
     if options is not None and not isinstance(options, dict):
         raise InvalidOption(f"options: got {type(options).__name__}, accepted is a dict of dropfx.compile's options")
     state = model.__dict__.get("_dropfx")

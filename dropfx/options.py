@@ -26,12 +26,12 @@ class Options:
 
     @property
     def along_rows(self) -> bool:
-        """There are several draws a batch, for chunks of the leading axis whatever that is."""
+        """There are several draws per batch, one for each chunk of the leading axis, whatever that axis is."""
         return self.groups != "time" and self.groups > 1
 
     @property
     def grouped(self) -> bool:
-        """A site may have several draws a call."""
+        """A site may have several draws per call."""
         return self.groups != 1
 
 
@@ -60,20 +60,23 @@ def make_options(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(accepted)}{hint}")
     if groups != "time" and (type(groups) is not int or groups < 1):
-        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws a batch) and 'time'")
+        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws per batch) and 'time'")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
         raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
     _check_lowering(lowering)
     made = _make_pattern(pattern, block)
     if groups != 1 and made.drops_weights:
-        raise InvalidOption(f"groups: got {groups!r}, but the tiles of a weight serve the whole batch: accepted is 1")
+        raise InvalidOption(f"groups: got {groups!r}, but the whole batch shares the tiles of a weight: accepted is 1")
     return Options(made, lowering, float(min_speedup), cast(Any, groups))
 
 
 def _make_pattern(pattern: str | Pattern, block: int | str) -> Pattern:
     if isinstance(pattern, Pattern):
         if block != "auto":
-            raise InvalidOption(f"block: got {block!r} beside pattern={pattern!r}, which has its own size")
+            raise InvalidOption(
+                f"block: got {block!r} together with pattern={pattern!r}, but `block` is for pattern='block' alone; "
+                "give a block size to the object, as in pattern=dropfx.patterns.Block(16)"
+            )
         return pattern
     if not isinstance(pattern, str) or pattern not in BY_NAME:
         accepted = ", ".join(map(repr, BY_NAME))
@@ -91,6 +94,6 @@ def _check_lowering(lowering: str) -> None:
     if lowering != "triton":
         return
     if importlib.util.find_spec("triton") is None:
-        raise LoweringUnavailable("lowering='triton': Triton is not installed (pip install 'triton>=3.6', Linux)")
+        raise LoweringUnavailable("lowering='triton': Triton is not installed (pip install 'triton>=3.6', on Linux)")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise LoweringUnavailable("lowering='triton' needs a GPU, or TRITON_INTERPRET=1 for its interpreter")
+        raise LoweringUnavailable("lowering='triton' needs a GPU, or TRITON_INTERPRET=1 for Triton's interpreter")

@@ -31,9 +31,9 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (2e-2, 2e-3),
     torch.bfloat16: (5e-2, 1e-2),
 }
-"""dtype -> (rtol, atol), under autocast those of its type; atol is multiplied by the largest magnitude of the tensor
-compared, for gradients of all gradients: one that is zero but for rounding (a bias before a batch normalisation) has no
-magnitude of its own."""
+"""dtype -> (rtol, atol); under autocast those of its dtype. atol is multiplied by the largest magnitude in the compared
+tensor, for a gradient by the largest in all gradients: a gradient that is zero but for rounding (of a bias before a
+batch normalisation) has no magnitude of its own."""
 
 
 def record() -> AbstractContextManager[list[Masks]]:
@@ -54,12 +54,12 @@ def assert_equivalent(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> None:
-    """Check promise 2 on a user's model: exact given the draw.
+    """Check on your own model that it is exact given the draw (docs/design.md, promise 2).
 
-    A compiled copy, and an untouched copy in which `dropout(x) := x * recorded mask`, are run in training mode on the
-    same inputs and random numbers. Outputs, the gradient of every parameter and floating input, and buffers are
-    compared. The model itself is not touched. In half precisions a unit within rounding of the kink of a ReLU or a
-    maximum may fall on either side, and its gradient with it: check such models in float32.
+    Two copies of the model run in training mode on the same inputs and random numbers: a compiled one, and an original
+    one in which `dropout(x) := x * recorded mask`. Outputs, buffers and the gradients of all parameters and floating
+    inputs are compared. The model itself does not change. In half precision a unit within rounding of the kink of a
+    ReLU or a maximum may fall on either side, and its gradient with it: check such models in float32.
 
     Args:
         model: any module, compiled or not.
@@ -68,14 +68,14 @@ def assert_equivalent(
         rtol, atol: override TOLERANCES.
 
     Raises:
-        InvalidModel (TypeError): as `explain` does, and for tensor-parallel models, of which nothing is compiled.
+        InvalidModel (TypeError): as `explain` does, and for tensor-parallel models, which run as written.
         NotEquivalent (AssertionError): names each tensor that differs and by how much.
     """
     check_model(model)
     checked = options_for(model, options)
     check_inputs(model, inputs, kwargs or {})
     if tensor_parallel(model, (inputs, kwargs)):
-        raise InvalidModel(f"model: nothing of it is compiled, there is nothing to compare: {TENSOR_PARALLEL}")
+        raise InvalidModel(f"model: it runs as written, so there is nothing to compare: {TENSOR_PARALLEL}")
     compiled, reference = training_copy(model, share=False), training_copy(model, share=False)
     swap(compiled, State(checked, quiet=True))
     with generators_kept():
@@ -94,7 +94,7 @@ def assert_equivalent(
         if (text := _difference(name, ours.get(name), expected, largest if "gradient" in name else 0.0, rtol, atol))
     ]
     if wrong:
-        raise NotEquivalent("compiled and masked dense model differ:\n" + "\n".join(wrong))
+        raise NotEquivalent("the compiled model and the original under the same masks differ:\n" + "\n".join(wrong))
 
 
 def _step(model: nn.Module, seed: int, inputs: Any, kwargs: Any) -> dict[str, Tensor | None]:
@@ -133,9 +133,9 @@ def _difference(
     if theirs is None or ours is None:
         # a gradient of exact zeros and no gradient say the same
         present = ours if theirs is None else theirs
-        return None if present is None or not present.any() else f"  {name}: one of the two is missing"
+        return None if present is None or not present.any() else f"  {name}: only one of the two models has it"
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return f"  {name}: {ours.dtype} {tuple(ours.shape)} is not {theirs.dtype} {tuple(theirs.shape)}"
+        return f"  {name}: got {ours.dtype} {tuple(ours.shape)}, expected {theirs.dtype} {tuple(theirs.shape)}"
     device = theirs.device.type
     lowered = theirs.dtype == torch.float32 and torch.is_autocast_enabled(device)
     computed = torch.get_autocast_dtype(device) if lowered else theirs.dtype
@@ -200,7 +200,7 @@ class _Substitute(TorchFunctionMode):
         return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(mask * keep)
 
     def _recurrent(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """torch.lstm or its kin, with the masks of the dropouts between its layers, or of the weights behind them."""
+        """torch.lstm or its kin, with the masks of the dropouts between its layers, or of the weights after them."""
         packed = isinstance(args[3], (list, tuple))  # the data comes with its batch sizes
         layers, rate, train = args[4 + packed : 7 + packed]
         names = self._gap_names(layers - 1)
@@ -211,7 +211,7 @@ class _Substitute(TorchFunctionMode):
             return func(*args)
 
         def between(x: Tensor, gap: int) -> Tensor:
-            """A layer's output under the mask of the dropout behind it, or by PyTorch's dropout without one."""
+            """A layer's output under the mask of the dropout after it, or by PyTorch's dropout without one."""
             if tiled[gap]:
                 return x
             mask = self._masks.get(names[gap])
@@ -236,7 +236,7 @@ class _Substitute(TorchFunctionMode):
         return gaps
 
     def _gap_names(self, gaps: int) -> list[str]:
-        """Of the dropouts behind the layers of the recurrent module that is running."""
+        """Names of the dropouts after the layers of the recurrent module that is running."""
         path = self._names[self._stack[-1]]
         self._recurrences[path] += 1
         names = [f"{path}.dropout[{gap}]" if path else f"dropout[{gap}]" for gap in range(gaps)]

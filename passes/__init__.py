@@ -1,4 +1,4 @@
-"""The passes, one a file. `PIPELINE` is their order, read top to bottom."""
+"""The passes, one per file. `PIPELINE` is their order, read top to bottom."""
 
 if __name__ == "passes":
     raise ImportError("import dropfx.passes: `passes` from the project's root would be a second copy of each pass")
@@ -40,6 +40,14 @@ from dropfx.passes.time_major import time_major
 AS_WRITTEN = (functionalize, recognise_masks)
 """Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
 
+# The phases:
+#   functionalize to expand_cats       one form for what can be written in several ways
+#   find_sites to check_plan           what is decided: the sites, what is compact, which weights drop tiles
+#   insert_draws to check_conversions  draws as inputs; gathers and scatters between compact and dense values
+#   rewrite_views to rewrite_residual  one rewrite per kind of layer, acting only on the notes `form` and `reads`
+#   join_recurrent to keep_layouts     undoing what did not pay, and folding: fold_masks before fold_scale before
+#                                      hoist_weight_gathers, which reads the scale
+#   lower to fuse_activation           the lowerings, and what needs their choice: keep_weights and fuse_activation
 PIPELINE = (
     functionalize,
     recognise_masks,

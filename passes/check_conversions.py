@@ -1,4 +1,4 @@
-"""Where DROPFX_CHECK=1: behind rewrite_sites every node reads its operands in the forms that the plan gave it."""
+"""Where DROPFX_CHECK=1: after rewrite_sites every node reads its operands in the forms that the plan gave it."""
 
 from __future__ import annotations
 

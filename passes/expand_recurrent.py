@@ -148,6 +148,6 @@ def _layer(
 
 
 def _site(node: fx.Node, call: Call, gap: int) -> Dropping:
-    """Name and live rate of the dropout behind a layer."""
+    """Name and live rate of the dropout after a layer."""
     known = notes(node).get("recurrent", Dropping(SiteCall(node.name), call.dropout))
     return known._replace(call=known.call._replace(part=f"dropout[{gap}]"))

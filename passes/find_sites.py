@@ -35,7 +35,7 @@ def _site(node: fx.Node, context: Context) -> Site:
     rate = known.rate
     numeric = isinstance(rate, (int, float))
     site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, DROPOUT_FUNCTIONS[node.target])
-    site.reason = _refusal(node, site, context) if numeric else "its rate is computed in the forward"
+    site.reason = _refusal(node, site, context) if numeric else "its rate is known only when the graph runs"
     # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
     notes(node)["identity"] = (
         rate == 0 and numeric and node.target is not shared_dropout and "pinned" not in notes(node)
@@ -44,7 +44,7 @@ def _site(node: fx.Node, context: Context) -> Site:
     if not site.reason and value is not None:
         site.device, site.dtype, site.rank = value.device, value.dtype, value.dim()
         site.leading, site.steps_second = value.size(0), notes(node).get("steps_second", False)
-        if context.options.pattern.drops_weights:  # fitted to the weights behind it
+        if context.options.pattern.drops_weights:  # fitted to the weights after it
             return site
         site.groups = _groups(site, context)
         try:
@@ -60,25 +60,23 @@ def _refusal(node: fx.Node, site: Site, context: Context) -> str:
     if not 0 < site.rate < 1:
         return f"its rate is {site.rate:g}"
     if "pinned" in notes(node):
-        return "it writes into memory that is read elsewhere"
+        return "it writes in place into memory that is read elsewhere"
     if value is None or value_of(source) is None:
-        return "its input's shape is known only when it runs"
+        return "its input's shape is known only when the graph runs"
     if node.target is shared_dropout and (reason := _one_mask(node, context)):
         return reason
     if context.options.pattern.drops_weights:
         if drops_recurrent_weight(node):
-            return (
-                "it drops the recurrent weight W_hh, which pattern='tile' does not serve: 'block', 'slice' and 'row' do"
-            )
-        return "" if site.axis == -1 else "it drops channels, and no Linear reads these alone"
+            return "it drops the recurrent weight W_hh, which pattern='tile' cannot; 'block', 'slice' and 'row' can"
+        return "" if site.axis == -1 else "it drops whole channels, which pattern='tile' cannot"
     if isinstance(source, fx.Node) and is_parameter(source) and not drops_recurrent_weight(node):
-        return "it drops a weight, which patterns of units do not serve: pattern='tile' does"
+        return "it drops a weight, which patterns of units cannot; pattern='tile' can"
     if drops_recurrent_weight(node) and value.dim() == 2:
         return ""
     if value.dim() < 1 or value.dim() != _UNBATCHED_RANK.get(site.axis, value.dim()):
-        return f"its input has {value.dim()} dimension(s)"
+        return f"this dropout is not rewritten for an input of {value.dim()} dimension(s)"
     if context.options.along_rows and value.dim() + site.axis < 1:
-        return "its input has no leading axis along which groups could lie"
+        return "groups are chunks of a leading axis, and its input has none"
     return ""
 
 
@@ -88,7 +86,7 @@ def drops_recurrent_weight(site: fx.Node) -> bool:
 
 
 def _groups(site: Site, context: Context) -> int:
-    """Draws a call: one a step where there are steps, [T, B, units]; in a loop over steps each call draws anyway."""
+    """Draws per call: one per time step of [T, B, units]; in a loop over time steps each call draws anyway."""
     if site.node is not None and drops_recurrent_weight(site.node):
         return 1
     if context.options.groups != "time":
@@ -98,23 +96,23 @@ def _groups(site: Site, context: Context) -> int:
 
 
 def _lasts(site: Site, context: Context) -> bool:
-    """Whether its mask is made by hand for all steps; where the batch is first such sites are not turned."""
+    """Whether its mask is made by hand for all time steps; where the batch is first such sites are not turned."""
     by_hand = site.node is not None and site.node.target is shared_dropout
     return by_hand and (context.time_axis == 1 or bool(argument(site.node, 2, "shared")[0]))  # type: ignore[arg-type]
 
 
 def _one_mask(node: fx.Node, context: Context) -> str:
-    """Why a mask that positions share cannot be drawn otherwise."""
+    """Why a mask that positions share cannot be drawn by the pattern."""
     if context.options.pattern.drops_weights:
-        return "its mask is made by hand, of units: pattern='tile' serves calls of dropout"
+        return "its mask is made by hand; pattern='tile' replaces calls of dropout alone"
     shared = argument(node, 2, "shared")
     if context.options.along_rows and shared[0]:
-        return "it has one mask for its whole leading axis, along which groups would have draws of their own"
+        return "it has one mask for its whole leading axis, and groups would need several"
     return ""
 
 
 def _rate_of_other(node: fx.Node, other: OtherDropout) -> float:
-    """At which a function of OTHER_DROPOUTS drops, as far as its arguments tell; 0: not at all."""
+    """The rate at which a function of OTHER_DROPOUTS drops, as far as its arguments tell; 0: not at all."""
     rate = argument(node, *other.rate)
     live = other.training is None or argument(node, *other.training) is True
     return float(rate) if live and isinstance(rate, (int, float)) else 0.0

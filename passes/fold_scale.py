@@ -15,7 +15,7 @@ _SCALED = {ops.linear_op: 0, ops.residual_add_op: 1}
 
 
 def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
-    """Give the sites' scalar scales to the products behind them; a vector scale (ragged blocks) stays."""
+    """Give the sites' scalar scales to the products after them; a vector scale (ragged blocks) stays."""
     scalar = context.scalar_scales()
     modified = False
     for node in module.graph.nodes:

@@ -15,7 +15,7 @@ from dropfx.graph.pass_infra import Context, PassResult
 
 
 def fuse_activation(module: fx.GraphModule, context: Context) -> PassResult:
-    """Fuse the activations behind products that `lower` gave to Triton."""
+    """Fuse the activations after products that `lower` gave to Triton."""
     lowered = [node for node in module.graph.nodes if notes(node).get("lowering") == "triton"]
     if not lowered:
         return PassResult(module, False)

@@ -1,6 +1,6 @@
 """recurrence(linear(x', W_ih[:, cols]), h, c, W_hh) -> lstm(x', (h, c), (W_ih[:, cols], W_hh, ...))
 
-Where PyTorch has a recurrence in one piece, cuDNN's or oneDNN's, it is faster than steps of ours, on compact inputs
+Where PyTorch has a fused recurrence, cuDNN's or oneDNN's, it is faster than steps of ours, on compact inputs
 too. It takes a whole layer, the product of the inputs included. Compilers get it as an op of ours, since PyTorch 2.13
 breaks on what AOTAutograd would make of it.
 """
@@ -21,7 +21,7 @@ from dropfx.planning.fused_rnn import in_one_piece
 
 
 def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
-    """Join the layers whose kind the device has in one piece."""
+    """Join the layers whose kind PyTorch has fused on the device."""
     modified = False
     for node in list(module.graph.nodes):
         if node.target is not ops.recurrence_op or _keeps_weight(node) or not in_one_piece(node, context):
@@ -34,7 +34,7 @@ def join_recurrent(module: fx.GraphModule, context: Context) -> PassResult:
 
 
 def _keeps_weight(node: fx.Node) -> bool:
-    """Whether W_hh is compact, which no function in one piece takes."""
+    """Whether W_hh is compact, which no fused recurrence takes."""
     *_, rows, cols = ops.grouped(ops.recurrence_op, node.args)
     return rows is not None or cols is not None
 

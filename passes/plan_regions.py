@@ -1,8 +1,8 @@
 """Decide for each site what is computed compact, and write it on the nodes.
 
 After this pass the note "form" says that a node emits compact values, "reads" in which form it reads its operands; both
-name the site and the axis. A Linear between two sites couples them and is not submodular, so one
-site is cut at a time with the others fixed, in sweeps until nothing changes.
+name the site and the axis. A Linear between two sites couples them, and its price is not submodular, so one site is
+cut at a time with the others fixed, in sweeps until nothing changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Choice:
 
 
 def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
-    """Choose the compact nodes of every site; sites without gain get their reason."""
+    """Choose the compact nodes of every site; sites that are not worth it get their reason."""
     chosen: dict[int, _Choice] = {}
     for node in module.graph.find_nodes(op="call_function", target=ops.recurrence_op):
         notes(node)["one_piece"] = in_one_piece(node, context)

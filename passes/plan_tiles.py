@@ -1,7 +1,7 @@
 """Decide which sites drop tiles of a weight, where the pattern does that.
 
-A site on the input of Linears gives its dropout to their weights (structured DropConnect in place of neuron dropout);
-a site on a weight keeps its place. After this pass `notes(node)["tiles"]` of a Linear names its site.
+A site on the input of Linears hands its dropout on to their weights (structured DropConnect in place of dropout of
+units); a site on a weight stays where it is. After this pass `notes(node)["tiles"]` of a Linear names its site.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dropfx.planning.cost_model import linear_products, tiled_times
 
 
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
-    """Fit the pattern to the weights behind each site; sites without gain get their reason."""
+    """Fit the pattern to the weights after each site; sites that are not worth it get their reason."""
     pattern, modified = context.options.pattern, False
     if isinstance(pattern, Tile):
         modified = clean_up(module.graph)  # a Linear that nobody reads is no reader
@@ -31,9 +31,9 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
     assert site.node is not None
     linears = list(site.node.users)
     if not linears or not all(_is_plain_linear(user, site.node) for user in linears):
-        return "a reader of it is not a Linear, whose weight could drop tiles instead"
+        return "its output is not read by Linears alone, whose weights could drop tiles"
     if any("tiles" in notes(user) for user in linears):
-        return "the weight of a Linear that reads it drops tiles for another site"
+        return "a Linear that reads it drops tiles of its weight for another site"
     shapes = [linear_products(user)[1:3] for user in linears]
     try:
         site.fit = context.options.pattern.fit(min(pattern.tiles(*shape) for shape in shapes), site.rate)

@@ -3,7 +3,7 @@ mask = bernoulli(full(.., 1-p)) / (1-p);  x * mask;  y * mask -> mask = shared_d
 
 AWD-LSTM, and much that was written after it, draws one mask for all time steps by hand; Gal's variational LSTM
 multiplies the state of every step by it. A mask of one product becomes a dropout of what it multiplies, one of several
-products a dropout of ones, behind which each product is a reader of the same site. Either computes what the chain did
+products a dropout of ones, after which each product is a reader of the same site. Either computes what the chain did
 where no pattern takes its place.
 """
 
@@ -26,7 +26,7 @@ from dropfx.ops.shared_dropout import shared_dropout
 _EXPANSIONS = ("expand", "expand_as")
 _BROADCASTS = (*_EXPANSIONS, "unsqueeze", "detach")
 _FILLS = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value"}
-"""What makes a tensor of one probability -> the name of its second (of the method: second behind itself) argument."""
+"""What makes a tensor of one probability -> the name of its second (of the method: second after itself) argument."""
 
 
 def recognise_masks(module: fx.GraphModule, context: Context) -> PassResult:

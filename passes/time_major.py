@@ -1,7 +1,7 @@
 """dropout(x) -> transpose(dropout(transpose(x)))        for x [B, T, units], where every step has a draw of its own
 
 Groups lie along the leading axis; the transposes move away from the site as far as they commute: into the index of an
-embedding, behind a Linear, and against each other.
+embedding, after a Linear, and against each other.
 """
 
 from __future__ import annotations

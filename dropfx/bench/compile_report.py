@@ -32,7 +32,7 @@ def show(console: Console, results: Sequence[Result]) -> None:
 
 
 def step_table(results: Sequence[Result]) -> Table:
-    """Milliseconds a step of each candidate."""
+    """Milliseconds per training step of each candidate."""
     names = list(results[0].seconds)
     table = _table("Training step, ms", *names)
     for result in results:

@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test-samples", type=arguments.natural, default=0, help="test images, 0: all (default)")
     parser.add_argument("--batch", type=arguments.positive, default=128, help="batch size (default: 128)")
-    parser.add_argument("--hidden", type=arguments.positive, default=2048, help="units a layer (default: 2048)")
+    parser.add_argument("--hidden", type=arguments.positive, default=2048, help="units per layer (default: 2048)")
     parser.add_argument("--rate", type=arguments.rate, default=0.5, help="drop rate (default: .5)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--out", default="dropfx-demo.png", metavar="PNG", help="chart (default: dropfx-demo.png)")

@@ -20,7 +20,7 @@ _CALLS = 100
 
 @dataclass(frozen=True)
 class Overhead:
-    """Median microseconds a forward call of a 3-layer MLP of 8 units; its arithmetic is negligible.
+    """Median microseconds per forward call of a 3-layer MLP of 8 units; its arithmetic is negligible.
 
     Attributes:
         guards: finding the graph: Dynamo's guards, measured as the same call through PyTorch's own compiler, which runs
@@ -67,7 +67,7 @@ def measure(rounds: int = 20) -> Overhead:
 
 
 def _microseconds(calls: dict[str, Step], rounds: int) -> list[float]:
-    """Median microseconds a call of each, in order."""
+    """Median microseconds per call of each, in order."""
 
     def repeated(call: Step) -> Step:
         """The call, as often as it takes to be timed."""

@@ -162,7 +162,7 @@ def _draw(outcomes: Sequence[Outcome], axes: Sequence[Axes]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `dropfx bench perplexity`."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a text file, a sentence a line (default: King James Bible)")
+    source.add_argument("--text", metavar="FILE", help="a text file, one sentence per line (default: King James Bible)")
     source.add_argument("--brown", metavar="DIR", help="folder of the Brown corpus")
     parser.add_argument("--vocabulary", type=arguments.positive, default=10_000, help="most frequent words (10000)")
     parser.add_argument("--units", type=arguments.positive, default=200, help="of both layers (default: 200)")

@@ -64,7 +64,7 @@ class Case(Protocol):
 
 @dataclass
 class Result:
-    """A case's figures: seconds a step by round, ratio against the faster baseline, FLOP ceilings, peak bytes."""
+    """A case's figures: seconds per step by round, ratio against the faster baseline, FLOP ceilings, peak bytes."""
 
     case: Case
     seconds: dict[str, list[float]]

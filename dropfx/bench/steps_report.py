@@ -55,7 +55,7 @@ def show_and_write(
 
 
 def time_table(results: Sequence[Result]) -> Table:
-    """Milliseconds a step, and the ratio to the faster baseline."""
+    """Milliseconds per training step, and the ratio to the faster baseline."""
     names = list(results[0].seconds)
     table = _table("Training step, ms, and speed-up against the faster baseline", *names)
     table.add_column("speed-up", justify="right", style="bold")

@@ -51,7 +51,7 @@ def load(text: str | Path | None = None, brown: str | Path | None = None, vocabu
     """The King James Bible, or the text named.
 
     Args:
-        text: a text file in UTF-8, a sentence a line.
+        text: a text file in UTF-8, one sentence per line.
         brown: folder of the Brown corpus' files, `ca01` to `cr09`, words as `word/tag`; or a folder
             that holds them in `package/`, as an unpacked npm package does.
         vocabulary: size of the vocabulary, the most frequent words with END and UNKNOWN among them; smaller where the
@@ -125,7 +125,7 @@ def read_kjv() -> list[Document]:
 
 
 def read_brown(folder: Path) -> list[Document]:
-    """The Brown corpus in the order of its genres, a document a file, a sentence a line, without the tags.
+    """The Brown corpus in the order of its genres, one document per file, one sentence per line, without the tags.
 
     Raises:
         InvalidOption: there is no such folder, or none of the corpus' files in it.
@@ -144,7 +144,7 @@ def _untagged(line: str) -> str:
 
 
 def read_file(path: Path) -> list[Document]:
-    """A text file, a sentence a line, cut into up to 200 documents of equally many lines.
+    """A text file, one sentence per line, cut into up to 200 documents of equally many lines.
 
     Raises:
         InvalidOption: it cannot be read, or is not UTF-8.

@@ -1,7 +1,7 @@
 """A module's forward, captured by Dynamo graph by graph; its guards decide when a graph holds.
 
-What Dynamo breaks on, or cannot follow at all, runs as written, and is tried again later, more and more rarely: an
-attempt takes long. Limits are our own, not those of the user's `torch.compile`.
+Code that ends a graph, or that Dynamo cannot follow at all, runs as written. It is tried again later, at growing
+intervals, since an attempt takes long. Limits are our own, not those of the user's `torch.compile`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from dropfx.frontend.whole_calls import whole_calls
 from dropfx.options import Options
 
 RECOMPILE_LIMIT = 32
-"""Graphs that are captured of one function of a module; what then fits none of them runs as written."""
+"""How often one function of a module is captured; a call that fits none of these graphs then runs as written."""
 
 _FIRST_RETRY, _RETRY_FACTOR = 4, 8
-"""Calls until a forward that was not captured as a whole is tried again, and by what the next try is later."""
+"""Calls until a forward that was not captured as a whole is tried again, and the factor by which that number grows."""
 
 _numbers = itertools.count(1)
 _ISOLATED: dict[str, Any] = (
@@ -142,9 +142,9 @@ class Capture:
         if None in results_of(module.graph):
             # PyTorch 2.13 loses a number that the forward changes, where a function mode is active
             self._whole = False
-            raise CaptureError("a number among its results is lost")
+            raise CaptureError("PyTorch loses a number that the forward changes")
         if without_gradients(module):
-            raise CaptureError("a reentrant checkpoint in it is given no value that asks for a gradient")
+            raise CaptureError("no input of a reentrant checkpoint in it requires a gradient")
         made = CapturedGraph(module, example_inputs, self._options, None, self._paths, path)
         if made.failed:
             self.left[path] = made.failed
@@ -153,7 +153,7 @@ class Capture:
 
     @property
     def tensor_parallel(self) -> bool:
-        """Whether the model is one that is left alone with all its parts."""
+        """Whether the model is one that runs as written with all its parts."""
         root = self._root()
         return root is not None and tensor_parallel(root)
 
@@ -203,7 +203,7 @@ class _Frames:
             self.failed.add(code)
             return as_written
         if (made.skip_reason or "").startswith(_FAILED):
-            self._fail(capture, frame, "PyTorch's compiler cannot capture it")
+            self._fail(capture, frame, "Dynamo cannot capture it")
             return as_written
         return made
 
@@ -229,13 +229,14 @@ class _Frames:
         if capture.limited:
             return
         path = capture.path_of(_self_of(frame.f_code, frame.f_locals))
-        capture.limited = f"captured {RECOMPILE_LIMIT} times, and what it reads still changes"
+        capture.limited = f"captured {RECOMPILE_LIMIT} times, because what it reads keeps changing"
         capture.left[path or ""] = capture.limited
         name = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_code.co_firstlineno})"
         cause = _cause(frame, entry, innermost_backend(self._torchdynamo_orig_backend))
         warnings.warn(
-            f"dropfx.compile: {name} was {capture.limited}{cause}. Where no captured graph holds it "
-            "runs as written from now on. Make what changes a tensor, or raise dropfx.frontend.capture.RECOMPILE_LIMIT",
+            f"dropfx.compile: {name} was {capture.limited}{cause}. From now on a call that fits none of these graphs "
+            "runs as written. Make the value that changes a tensor, or raise "
+            "dropfx.frontend.capture.RECOMPILE_LIMIT",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -33,27 +33,30 @@ def compile(
     example_kwargs: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> M:
-    """Stop `model` from paying for what its dropouts drop; in place, and returned.
+    """Make training steps of `model` skip the work of what its dropouts drop. Changes it in place, and returns it.
 
     In training, the dropouts of the model draw structured patterns, and the Linears around them multiply kept units
-    only. In eval the model runs as it was. Parameters, buffers, state_dict keys, hooks and isinstance are the same.
+    only. In eval mode the original forward runs. Parameters, buffers, state_dict keys and hooks stay the same; the
+    class is replaced by a subclass of it, so that isinstance holds.
 
     Args:
         model: any `nn.Module`.
         pattern: "block", "slice", "row", "tile", or a pattern of `dropfx.patterns`. "tile" drops tiles of the weights
-            behind a dropout (structured DropConnect) in place of units, and of weights that the model itself drops.
-        block: units in a block, or "auto".
-        groups: draws a batch. 1: all samples share one draw. G: the batch is cut along its first axis into G equal
-            chunks, and each has its own draw. "time": each step of a recurrent network has its own draw.
+            of the Linears after a dropout, in place of units (structured DropConnect), and tiles of weights that the
+            model itself drops.
+        block: units per block, or "auto".
+        groups: draws per batch. 1: all samples share one draw. G: the batch is cut along its first axis into G chunks,
+            as torch.tensor_split does it, and each has its own draw. "time": each time step of a recurrent network has
+            its own draw.
         lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
-            in Triton's interpreter; "auto" measures both on a GPU, once for each shape, and is "aten" elsewhere.
-        min_speedup: predicted speed-up from which a site is rewritten; 0 rewrites all that can be.
-        example_inputs: inputs of a training call, to capture at once; else the first training call does.
+            in Triton's interpreter; "auto" times both on a GPU, once per shape, and is "aten" elsewhere.
+        min_speedup: a site whose predicted speed-up is lower runs as written; 0 rewrites every site that can be.
+        example_inputs: inputs of a training call, to capture the model now; without them its first training call does.
         example_kwargs: keyword inputs of that call.
 
     Raises:
-        InvalidModel (TypeError): `model` is not a module that can be compiled, or cannot be copied to try the example
-            inputs (FSDP2: compile first, or leave them out).
+        InvalidModel (TypeError): `model` is not a module that can be compiled, or it cannot be copied, which example
+            inputs require (with FSDP2, compile before `fully_shard`, or leave the example inputs out).
         InvalidOption (ValueError): an option is unknown or not accepted.
         InvalidInput (ValueError): the example inputs do not fit the model.
     """
@@ -97,16 +100,21 @@ def check_model(model: Any) -> None:
         raise InvalidModel(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidModel(
-            "model: got a ScriptModule, whose forward cannot be traced; compile the module before scripting"
+            "model: got a ScriptModule, whose forward cannot be captured; give the nn.Module that it was made from"
         )
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise InvalidModel("model: got the wrapper of torch.compile; use torch.compile(dropfx.compile(model))")
+        raise InvalidModel(
+            "model: got a model that torch.compile wraps; give the plain model, here or to "
+            "torch.compile(model, backend='dropfx')"
+        )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, wrappers):
         name = type(model).__name__
-        raise InvalidModel(f"model: got a {name} wrapper; compile what it wraps, dropfx.compile(model.module)")
+        raise InvalidModel(f"model: got a {name} wrapper; give the module inside: dropfx.compile(model.module)")
     if "forward" in model.__dict__:
-        raise InvalidModel("model: its instance has a `forward` of its own, which would hide the compiled one")
+        raise InvalidModel(
+            "model: `forward` is set on the instance, which would hide the compiled one; define it in the class"
+        )
 
 
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,7 +122,7 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         inspect.signature(original_class(model).forward).bind(model, *args, **kwargs)  # type: ignore[attr-defined]
     except TypeError as error:
-        raise InvalidInput(f"example_inputs: they do not fit {type(model).__name__}.forward: {error}") from None
+        raise InvalidInput(f"inputs: they do not fit {type(model).__name__}.forward: {error}") from None
 
 
 def has_forward(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """The state of a compiled module, which answers the calls of the swapped class' forward.
 
-It runs what Dynamo captured of the class' own forward, rewritten, or that forward itself where nothing drops. A module
-whose parts are called on their own, or whose forward Dynamo cannot follow, hands its options on to the parts.
+It runs the graphs that Dynamo captured of the original forward, rewritten, or the original forward where nothing
+drops. A module whose parts are called on their own, or whose forward Dynamo cannot follow, hands its options on to its
+parts.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
             yield f"{prefix}{name}", child
 
 
-NOTHING_DROPS = "dropfx.compile: the model has no dropout that is active in training; it is left as it was"
+NOTHING_DROPS = "dropfx.compile: the model has no dropout that is active in training; it runs as written"
 
 
 def _as_written_now() -> bool:

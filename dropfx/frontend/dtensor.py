@@ -26,7 +26,7 @@ def is_distributed(value: Any) -> bool:
 def tensor_parallel(module: nn.Module, inputs: Any = ()) -> bool:
     """Whether an input or a tensor of the module is a DTensor in its forward: one that fully_shard does not gather.
 
-    The ranks of such a model compute parts of one result. Draws are a rank's own, and would tear the parts asunder.
+    The ranks of such a model compute parts of one result. Each rank draws on its own, and the parts would not fit.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False  # without a look at all tensors, which a call that cannot be traced would pay for each time

@@ -35,13 +35,13 @@ def backend(
     """What `torch.compile(model, backend="dropfx")` calls with each captured graph.
 
     Args:
-        options: those of `dropfx.compile`, and `inner`, what compiles the rewritten graph: "inductor" (default),
-            "aot_eager" or "eager"; `inner_options`: Inductor's.
-        mode: Inductor's, such as "reduce-overhead".
+        options: those of `dropfx.compile`; `inner`, what compiles the rewritten graph: "inductor" (default),
+            "aot_eager" or "eager"; `inner_options`, a dict of Inductor's options.
+        mode: a mode of Inductor, such as "reduce-overhead".
 
     Raises:
-        InvalidOption (ValueError): an option is unknown or not accepted. Dynamo shows it inside of its own
-            BackendCompilerFailed, as `inner_exception`.
+        InvalidOption (ValueError): an option is unknown or not accepted. Dynamo raises its own BackendCompilerFailed
+            around it, with this error as `inner_exception`.
     """
     checked, inner, inner_options = _checked({} if options is None else options)
     compile_inner = _inner(inner, inner_options, mode)
@@ -54,7 +54,7 @@ def backend(
 def _checked(options: Any) -> tuple[Options, Any, Any]:
     """The options of `dropfx.compile`, inner and inner_options."""
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise InvalidOption(f"options: got {options!r}, accepted is a dict by the names {', '.join(BACKEND_NAMES)}")
+        raise InvalidOption(f"options: got {options!r}, accepted is a dict with the keys {', '.join(BACKEND_NAMES)}")
     given = dict(options)
     inner, inner_options = given.pop("inner", "inductor"), given.pop("inner_options", None)
     return make_options(accepted=BACKEND_NAMES, **given), inner, inner_options
@@ -70,7 +70,7 @@ def _inner(inner: Any, inner_options: Any, mode: str | None) -> Callable[..., Co
         return _inductor(inner_options, mode)
     for name, given in (("inner_options", inner_options), ("mode", mode)):
         if given:
-            raise InvalidOption(f"{name}: got {given!r}, which is Inductor's, but inner is {inner!r}: leave it out")
+            raise InvalidOption(f"{name}: got {given!r}, an option of Inductor, but inner is {inner!r}: leave it out")
     return lookup_backend(inner)
 
 

@@ -47,7 +47,7 @@ def prepare(captured: fx.Graph, graph: fx.Graph, naming: Naming, live: Live, by_
 
     Args:
         live: rates that are no constants of the graph.
-        by_step: there will be a draw a step.
+        by_step: there will be a draw per time step.
     """
     memory = _Memory()
     effects = 0

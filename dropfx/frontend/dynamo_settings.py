@@ -61,9 +61,9 @@ def _logged_once() -> set[Any]:
 
 
 def allow_recurrent() -> None:
-    """Let Dynamo take recurrent layers into its graphs for good, which by default it leaves out without a word.
+    """Let Dynamo take recurrent layers into its graphs, for the whole process; by default it leaves them out silently.
 
-    For `torch.compile(backend="dropfx")`, whose captures are the user's; DROPFX_ALLOW_RNN=0 prevents it.
+    For `torch.compile(backend="dropfx")`, whose captures follow the user's settings; DROPFX_ALLOW_RNN=0 prevents it.
     """
     if os.environ.get("DROPFX_ALLOW_RNN") != "0":
         torch._dynamo.config.allow_rnn = True

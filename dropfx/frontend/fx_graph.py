@@ -1,7 +1,7 @@
 """Graphs of other tracers: `dropfx.rewrite` runs the passes on them, `dropfx.Tracer` makes them.
 
-What a tracer bakes into its graph stays so (branches on data and on Python values, sizes that became numbers): these
-are torch.fx's own limits. `dropfx.compile` has none of them.
+What a tracer bakes into its graph is fixed (branches on data and on Python values, sizes that became numbers). These
+are torch.fx's own limits; `dropfx.compile` has none of them.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ def rewrite(
     """Run the passes on a graph of any fx tracer: `torch.fx.symbolic_trace`, or `dropfx.Tracer`.
 
     Args:
-        graph_module: dropouts and recurrent layers in it may be modules or functions. It stays as it is.
-        example_inputs: tensors of one training call; other sizes may follow where the graph asks for its sizes.
+        graph_module: dropouts and recurrent layers in it may be modules or functions. It does not change.
+        example_inputs: tensors of one training call; other sizes may follow where the graph reads its sizes.
         options: those of `dropfx.compile`.
 
     Returns:
-        A module of the same parts and parameters: in training mode it runs the rewritten graph with a fresh draw a
-        call, in eval mode `graph_module`'s. Rates are those of now.
+        A module with the same parts and parameters. In training mode it runs the rewritten graph, with fresh draws per
+        call; in eval mode it runs the graph of `graph_module`. Rates are fixed at their present values.
 
     Raises:
         InvalidModel (TypeError): `graph_module` is no GraphModule.

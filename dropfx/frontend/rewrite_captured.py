@@ -38,7 +38,7 @@ class Part(NamedTuple):
         context: the sites and what was decided about them.
         inputs: (site, field of its draw) of each value that enters the graph.
         examples: these values, as an inner compiler sees them; empty where none follows.
-        rows: how many lengths of leading axes the graph returns behind its results, for the record.
+        rows: how many lengths of leading axes the graph returns after its results, for the record.
     """
 
     context: Context

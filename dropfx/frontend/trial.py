@@ -1,4 +1,4 @@
-"""A trial run: a copy of the model in training mode, copies of the inputs, generators left as they were."""
+"""A trial run: a copy of the model in training mode, copies of the inputs; random generators do not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def training_copy(model: nn.Module, share: bool = True) -> nn.Module:
     try:
         trial = copy.deepcopy(model, memo)
     except Exception as error:
-        raise InvalidModel(f"model: it cannot be copied for a trial run: {error}") from error
+        raise InvalidModel(
+            "model: copy.deepcopy fails on it, and a copy is what dropfx tries the inputs on "
+            f"(with FSDP2, call this before fully_shard): {error}"
+        ) from error
     unswap(trial)
     return trial.train()
 

@@ -13,6 +13,8 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 uncaptured = disable(
-    _call, reason="a model of dropfx.compile draws before its graph runs; backend='dropfx' takes the model itself"
+    _call,
+    reason="a model of dropfx.compile has graphs of its own, which cannot be part of another graph; for one whole "
+    "graph use torch.compile(plain model, backend='dropfx')",
 )
 """uncaptured(f, *args) = f(*args), with a break of the graph around it."""

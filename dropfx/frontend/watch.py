@@ -44,7 +44,7 @@ class Watch:
 
 def _never_called(module: nn.Module, adopted: list[str]) -> str:
     name = original_class(module).__name__
-    text = f"dropfx.compile: a gradient arrived, but {name}.forward, which is what is compiled, was never called"
+    text = f"dropfx.compile compiles the forward of {name}, but a gradient arrived and this forward was not called"
     if adopted:
-        return f"{text}; its parts {', '.join(adopted)} are compiled on their own from now on"
+        return f"{text}; from now on its parts {', '.join(adopted)} are compiled on their own"
     return f"{text}; compile the module that is called, as in dropfx.compile(model.net)"

@@ -1,7 +1,8 @@
 """Dropouts and recurrent functions, which Dynamo captures as one call whatever their rate is.
 
-Their arguments are matched in C++, where a rate that changes becomes a constant, and a schedule a graph a value. A
-function that Dynamo does not look into takes the rate as it is: a number, and from its first change on an input.
+Dynamo matches their arguments in C++, where a rate that changes becomes a constant, so that a schedule would need a
+graph per value. A function that Dynamo does not look into takes the rate as it is: a number, and from its first change
+on an input.
 """
 
 from __future__ import annotations

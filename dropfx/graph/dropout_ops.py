@@ -46,7 +46,7 @@ OTHER_DROPOUTS: dict[Any, OtherDropout] = {
         _ATTENTION + "multi_head_attention_forward", (10, "dropout_p", 0.0), (13, "training", True)
     ),
 }
-"""Functions that drop and run as written; into the last one `dropfx.compile` looks, torch.compile and fx do not."""
+"""Functions that drop and run as written; `dropfx.compile` looks into the last one, torch.compile and fx do not."""
 
 BERNOULLI = ("bernoulli", "bernoulli_")
 """Operations that a mask may be drawn with; the sites that are made of them are named by their calls."""
@@ -74,7 +74,7 @@ RECURRENT_MODULES = (nn.LSTM, nn.GRU, nn.RNN)
 
 
 class Call(NamedTuple):
-    """One call of what drops: which, the how manieth of a forward, and the part of it.
+    """One call of what drops: which one, the number of the call in a forward, and the part of it.
 
     Attributes:
         what: path of a module; of what a forward calls by itself, "path:dropout" or "path:bernoulli".
@@ -87,7 +87,7 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in `record` and `explain` (docs/how_it_works.md)."""
+        """As in `record` and `explain` (docs/how_it_works.md, 3)."""
         if self.what.endswith((":dropout", ":bernoulli")):
             return f"{self.what}_{self.number}"
         plain = ".".join(filter(None, (self.what, self.part)))

@@ -12,7 +12,7 @@ from dropfx.graph.dropout_ops import Call
 
 @dataclass(frozen=True)
 class UnitAxis:
-    """Where a site's units lie in a value: axis `dim` (negative), `factor` neighbouring positions a unit."""
+    """Where a site's units lie in a value: axis `dim` (negative), `factor` neighbouring positions per unit."""
 
     dim: int
     factor: int = 1
@@ -49,7 +49,7 @@ class Notes(TypedDict, total=False):
     identity: find_sites: a dropout of rate 0.
     whole: expand_cats, for join_cats: the Linear whose sum of products this is.
     asks_gradient: nodes.mark_gradients: a backward through it would reach a leaf that asks for a gradient.
-    one_piece: plan_regions: a recurrence that the device has in one piece.
+    one_piece: plan_regions: a recurrence that PyTorch has fused on the device.
     form: plan_regions: the node emits compact values. Until rewrite_sites the only sign of it.
     reads: plan_regions: operand -> the form in which the node reads it; dense where it is not named.
     tiles: plan_tiles: the Linear's weight drops tiles, by the draw of the site of this number.

@@ -26,13 +26,13 @@ class Site:
     """One dropout of the graph.
 
     Attributes:
-        call: which dropout, and the how manieth call of it.
+        call: which dropout, and the number of its call.
         rate: the `p` that the model asks for, as it was when the graph was rewritten.
         live: number of the rate among those that a call brings along; None for a constant.
         node: the dropout's node; None for one that the graph does not show (inside nn.LSTM, say).
         axis: its unit axis, counted from the end.
         rank, leading: dimensions of its tensor, and the length of the first one in the trace.
-        groups: draws a call.
+        groups: draws per call.
         steps_second: the groups are steps, which lie on the tensor's second axis as the model has it.
         weights: shapes of the weights that drop tiles for it.
         fit: the pattern fitted to the axis, None where it does not fit.

@@ -1,4 +1,4 @@
-"""All draws of a call in one launch: a program a site hashes the site's slots and keeps the blocks of the largest.
+"""All draws of a call in one launch: one program per site hashes the site's slots and keeps the blocks of the largest.
 
 The numbers are those of `dropfx.draws.draw_plan` and the choice that of `patterns.Block` and `patterns.Slice`, so that
 a GPU, a CPU and either front end draw alike. The k-th largest of n hashes is found bit by bit: 63 counts over

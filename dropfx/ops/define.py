@@ -48,7 +48,7 @@ def define(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -
 def differentiable(op: Any, save: Callable[..., None], formula: Callable[..., Sequence[Any]]) -> None:
     """Give an op its derivative: save(ctx, the reference's arguments, output), formula(ctx, *grads).
 
-    The formula returns gradients of the first arguments; of those behind them there are none.
+    The formula returns gradients of the first arguments; those after them have none.
     """
     layout = _layouts[op]
 
@@ -83,7 +83,7 @@ def padded(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
     return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
-INSTEAD = "compile with dropfx.compile(model), whose eager path has one"
+INSTEAD = "dropfx.compile(model) has one, outside of torch.compile"
 
 
 def first_derivative_only(op: Any, instead: str = INSTEAD) -> None:

@@ -45,7 +45,7 @@ class _GatheredLinear(torch.autograd.Function):
         """Gradients of x, weight and bias as far as they are asked for.
 
         Raises:
-            DoubleBackwardError: under create_graph, for W' is a constant here.
+            DoubleBackwardError: under create_graph, since W' is a constant here.
         """
         if torch.is_grad_enabled():
             raise DoubleBackwardError(f"a gathered linear has no second derivative here; {INSTEAD}")
@@ -97,7 +97,7 @@ def _read(y: Tensor, dim: int, slots: Tensor) -> Tensor:
 
 
 def gathered_linear(x: Tensor, weight: Tensor, compact: Tensor, *rest: Any) -> Tensor:
-    """The product, with the arguments of `linear_op` and, behind the weight, `compact`.
+    """The product, with the arguments of `linear_op` and, after the weight, `compact`.
 
     compact: W[rows][:, cols], by `gathered_weight_op`. W's own values are not read.
     """

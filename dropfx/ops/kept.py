@@ -74,7 +74,9 @@ class Kept(NamedTuple):
         """Row at which each group ends."""
         each, rest = divmod(rows, self.leading) if self.leading else (0, rows)
         if rest:
-            raise RuntimeError(f"groups: {rows} rows do not follow a leading axis of {self.leading}; use groups=1 here")
+            raise RuntimeError(
+                f"groups: {rows} rows cannot be divided along a leading axis of {self.leading}; use groups=1 here"
+            )
         return list(accumulate(size * each for size in _sizes(self.leading, len(self.starts))))
 
     def of_row(self, rows: int, row: int) -> Kept:

@@ -239,7 +239,7 @@ _scatter_op = _twin(unit_ops.scatter_op, _scatter, unit_ops._scatter_fake)
 _residual_op = _twin(residual.residual_add_op, _residual_add, residual._fake)
 
 for _op in (_linear_backward_op, _tiled_backward_op):
-    first_derivative_only(_op, "compile with lowering='aten', whose eager path has one")
+    first_derivative_only(_op, "dropfx.compile(model, lowering='aten') has one")
 for _name in ("linear_triton", "activated_linear_triton", "tiled_linear_triton"):
     autocast(_name)
 for _op, _save, _formula in (

@@ -26,7 +26,7 @@ class Figures:
         pair_worst: the pair correlation of largest magnitude; where sampled, of the averages by distance.
         second_moment: E[m^2] of a place's multiplier m (0, or the scale); E[m] is 1.
         kept_share_sd: standard deviation of the share of places that a draw keeps.
-        gain_sd: standard deviation of a draw's mean multiplier: the noise of a layer's gain.
+        gain_sd: standard deviation of a draw's mean multiplier: the scale noise (docs/patterns.md).
         shares, share_probabilities: the distribution of the kept share.
         entropy: of the kept set, in bits; None where there is no closed form.
         log2_models: base-2 logarithm of the number of kept sets that can be drawn; None likewise.

@@ -27,15 +27,21 @@ _COLOR = "#2a6f97"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--rate", type=float, default=0.5, help="drop probability (default: 0.5)")
-    parser.add_argument("--units", type=int, default=2048, help="length of the axis, side of the tiled weight (2048)")
-    parser.add_argument("--groups", type=int, default=1, help="draws a batch (default: 1)")
-    parser.add_argument("--samples", type=int, default=4096, help="draws of the sampled figures (default: 4096)")
-    parser.add_argument("--pattern", nargs="+", choices=BY_NAME, default=list(BY_NAME), help="which ones (all)")
+    parser.add_argument(
+        "--units", type=int, default=2048, help="length of the axis, or side of the tiled weight (default: 2048)"
+    )
+    parser.add_argument("--groups", type=int, default=1, help="draws per batch (default: 1)")
+    parser.add_argument(
+        "--samples", type=int, default=4096, help="draws from which figures are sampled (default: 4096)"
+    )
+    parser.add_argument(
+        "--pattern", nargs="+", choices=BY_NAME, default=list(BY_NAME), help="patterns to compare (default: all)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="write a picture (needs matplotlib)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the table, one line for each pattern that refuses, and write the picture."""
+    """Print the table, one line for each pattern that cannot serve the axis, and write the picture."""
     results = [statistics("bernoulli", args.rate, args.units, args.groups, args.samples)]
     refused = []
     for name in args.pattern:

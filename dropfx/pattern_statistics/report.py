@@ -28,7 +28,7 @@ class Statistics(Figures):
         rate, drawn_rate: the p asked for; the exact probability with which every place is dropped.
         units: length of the axis; of `tile`: rows and columns of the weight.
         places: what is kept or dropped whole: units, or tiles of the weight.
-        groups: draws a batch.
+        groups: draws per batch.
         samples: batches drawn for the sampled figures.
         marginals: share of sampled draws that dropped each unit (tiles: those of each diagonal r + c).
         groups_keeping: fewest and most groups of a batch that kept a unit; None of one group.
@@ -76,14 +76,14 @@ class Statistics(Figures):
 def statistics(pattern: str | Pattern, rate: float, units: int, groups: int = 1, samples: int = 4096) -> Statistics:
     """Statistics of a pattern's draws beside those of independent dropout.
 
-    Closed forms where there are any, `.exact` names them; the rest by drawing, with fixed numbers, through the code
-    that training draws with.
+    Figures have closed forms where `.exact` names them; the others are sampled, with fixed numbers, by the code that
+    draws in training.
 
     Args:
         pattern: "block", "slice", "row", "tile", an object of `dropfx.patterns`, or the reference "bernoulli".
         rate: drop probability, above 0 and below 1.
         units: length of the axis, at least 2; for `tile` the rows and columns of a square weight.
-        groups: draws a batch, at least 1.
+        groups: draws per batch, at least 1.
         samples: batches to draw; 0 leaves the sampled figures out.
 
     Raises:
@@ -175,7 +175,7 @@ def _column(s: Statistics) -> dict[str, str]:
         "pair correlation, worst": figure("pair_worst", "+.4f"),
         "second moment": figure("second_moment", ".4f"),
         "sd of the kept share": figure("kept_share_sd", ".4f"),
-        "sd of the gain": figure("gain_sd", ".4f"),
+        "sd of the scale noise": figure("gain_sd", ".4f"),
         "entropy, bits": figure("entropy", ".1f"),
         "sub-models": "" if s.log2_models is None else _models(s.log2_models),
     }

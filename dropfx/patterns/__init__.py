@@ -1,4 +1,4 @@
-"""Patterns: the rules by which a step's kept units are drawn."""
+"""Patterns: the rules by which the kept units of a forward are drawn."""
 
 from dropfx.patterns.base import (
     MAX_RATE_ERROR,

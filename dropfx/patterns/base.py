@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_RATE_ERROR = 0.02
-"""Largest |drawn rate - p| at which a site is rewritten (docs/design.md, promise 3)."""
+"""Largest |drawn rate - p| at which a site is rewritten, unless the user sets the block size (docs/design.md, 3)."""
 
 
 class PatternRefused(ValueError):
@@ -34,7 +34,7 @@ class Fit:
         numbers: hashed numbers that a draw consumes.
         drawn_rate: exact probability that a unit is dropped.
         ragged: runs may pass the end of the axis; those positions are padding with scale 0.
-        groups: draws a batch, one for each contiguous chunk of rows.
+        groups: draws per batch, one for each contiguous chunk of rows.
         periods: probabilities of the periods 1, 2, ... of a lattice; empty for patterns of blocks.
     """
 
@@ -127,13 +127,13 @@ class TileDraw(NamedTuple):
 
 
 class Pattern(ABC):
-    """A rule by which a step's kept units are drawn.
+    """A rule by which the kept units of a forward are drawn.
 
     Attributes:
         name: as options and reports spell it.
         fields: inputs of the graph that a draw is, in order.
         on_host: its draws are made from numbers on the CPU, since the shape of what is kept depends on them.
-        drops_weights: it drops parts of the weights behind a dropout, in place of units.
+        drops_weights: it drops parts of the weights after a dropout, in place of units.
     """
 
     name: str

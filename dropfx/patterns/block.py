@@ -21,8 +21,9 @@ class Block(Pattern):
     """Keep k of the axis' blocks of `size` contiguous units, each choice equally likely.
 
     Args:
-        size: units in a block, or "auto" for the largest divisor of the axis that leaves at least 32 blocks and
-            meets the rate to 0.02.
+        size: units per block. "auto" takes the largest divisor of the axis, at most 128, that leaves at least 32 blocks
+            and meets the rate to 0.02; an axis of less than 64 units gets blocks of one unit. A size of your own is
+            taken as it is, and the drawn rate is the nearest that whole blocks give, however far that is from p.
 
     Raises:
         InvalidOption: `size` is neither "auto" nor a positive integer.
@@ -46,7 +47,7 @@ class Block(Pattern):
         if isinstance(self.size, int):
             return _fit(units, rate, self.size, groups)
         if units < 2:
-            raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
+            raise PatternRefused(f"an axis of {units} unit(s) is too short to keep some and drop some")
         for size in range(min(MAX_AUTO_BLOCK, max(units // MIN_BLOCKS, 1)), 0, -1):
             if units % size:
                 continue
@@ -55,7 +56,7 @@ class Block(Pattern):
                 return fit
         nearest = _fit(units, rate, 1, groups).drawn_rate
         raise PatternRefused(
-            f"{units} units meet rate {rate:g} no nearer than {nearest:.3g}, allowed is {MAX_RATE_ERROR}"
+            f"of {units} units the nearest rate to {rate:g} is {nearest:.3g}, more than {MAX_RATE_ERROR} away"
         )
 
     def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:

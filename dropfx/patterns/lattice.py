@@ -1,4 +1,4 @@
-"""`row` and `tile`: lattices of a period drawn anew each step (Approximate Random Dropout, arXiv 1805.08939)."""
+"""`row` and `tile`: lattices whose period each forward draws anew (Approximate Random Dropout, arXiv 1805.08939)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Row(Pattern):
     Args:
         max_period: largest period; None for the smallest N with (N-1)/N >= p + .05. Never more than the units.
         scale: multiplier of kept units: "global" 1/(1-p), whose second moment is that of independent dropout, or
-            "period" dp, which is unbiased too, step by step, but far noisier.
+            "period" dp, which is unbiased too but far noisier.
 
     Raises:
         InvalidOption: an argument is not accepted.
@@ -47,7 +47,7 @@ class Row(Pattern):
             PatternRefused: a single unit, or a rate that no distribution up to the largest period meets.
         """
         if units < 2:
-            raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
+            raise PatternRefused(f"an axis of {units} unit(s) is too short to keep some and drop some")
         return _fit(units, rate, self.max_period, groups, ragged=groups > 1 or self.scale == "period")
 
     def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
@@ -111,9 +111,9 @@ class Tile(Pattern):
             PatternRefused: several groups, a single tile, or a rate that no distribution of periods meets.
         """
         if groups != 1:
-            raise PatternRefused("tiles of a weight are shared by the whole batch: groups must be 1")
+            raise PatternRefused("the whole batch shares the tiles of a weight: groups must be 1")
         if units < 2:
-            raise PatternRefused(f"a weight of a single {self.shape[0]}x{self.shape[1]} tile cannot be dropped in part")
+            raise PatternRefused(f"a weight of a single {self.shape[0]}x{self.shape[1]} tile has no tile to drop")
         return _fit(units, rate, self.max_period, groups, ragged=False)
 
     def choose(self, hashes: Tensor, fit: Fit) -> list[TileDraw]:
@@ -131,7 +131,7 @@ def _fit(units: int, rate: float, max_period: int | None, groups: int, ragged: b
     longest = min(max_period or default_max_period(rate), units)
     highest = (longest - 1) / longest
     if rate - highest > MAX_RATE_ERROR:
-        raise PatternRefused(f"periods up to {longest} drop at most {highest:.3g} of the units, asked is {rate:g}")
+        raise PatternRefused(f"periods up to {longest} drop at most {highest:.3g} of the units, less than {rate:g}")
     drawn = min(rate, highest)
     periods = search(drawn, longest).tolist()
     return Fit(

@@ -1,6 +1,6 @@
 """Search for the distribution of periods whose expected drop rate is the one asked for.
 
-A lattice of period i keeps every i-th unit and drops the share (i-1)/i; periods are drawn anew each step from d, so
+A lattice of period i keeps every i-th unit and drops the share (i-1)/i; each forward draws its period from d, so
 that a unit is dropped with probability sum_i d_i (i-1)/i.
 """
 

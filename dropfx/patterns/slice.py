@@ -25,7 +25,7 @@ class Slice(Pattern):
             PatternRefused: a single unit, or no length that meets the rate to 0.02.
         """
         if units < 2:
-            raise PatternRefused(f"an axis of {units} unit(s) cannot be dropped in part")
+            raise PatternRefused(f"an axis of {units} unit(s) is too short to keep some and drop some")
         kept = nearest_count(units, rate)
         drawn = 1.0 - kept / units
         if abs(drawn - rate) > MAX_RATE_ERROR:

@@ -1,9 +1,9 @@
 """Whether what a site drops reaches a statistic over the rows that share its draw.
 
-Independent dropout leaves every unit some rows in which it lives. A draw that rows share can leave a unit constant in
-all of them: its variance is that of rounding, and what divides by it magnifies the rounding. So a batch normalisation
-behind the site refuses it, as far behind as units stay apart: through adds, views, whatever works unit by unit, up to
-an operation that mixes units, such as a Linear. Several draws a batch do not help: each may drop the same unit.
+Independent dropout leaves every unit some rows in which it is kept. A draw that rows share can leave a unit constant in
+all of them: its variance is that of rounding, and what divides by it magnifies the rounding. So a site before a batch
+normalisation runs as written, as long as units stay apart on the way: through adds, views, whatever works unit by unit,
+up to an operation that mixes units, such as a Linear. Several draws per batch do not help: each may drop the same unit.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def reached_statistic(module: fx.GraphModule, site: fx.Node, unit_axis: int) -> 
 
 
 def _at_site(site: fx.Node, value: Tensor, unit_axis: int) -> tuple[str, ...]:
-    """In PyTorch an element has a mask of its own, a channel one of all that lies behind it, a shared mask says so."""
+    """In PyTorch an element has its own mask, a channel one for all axes after it, and a shared mask says so."""
     units, rank = value.dim() + unit_axis, value.dim()
     shared = argument(site, 2, "shared") if site.target is shared_dropout else (False,) * rank
     last = rank if unit_axis == -1 else units
@@ -81,7 +81,7 @@ def _statistic(module: fx.GraphModule, node: fx.Node, read: dict[fx.Node, Trail]
     name, trail = _plain(node), next(iter(read.values()))
     called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if _divides_by(node, read):
-        return f"a draw shared by the batch would reach what {name} divides by, computed over its rows"
+        return f"a draw shared by the batch would reach the divisor of {name}, a statistic over its rows"
     along = _along(node, name, called, trail)
     if along is None or not _spreads_over(trail, along):
         return ""

@@ -125,13 +125,13 @@ def _linear(
 _CALLS_A_STEP = 15
 """Operations of an LSTM's step besides its product, 9 forward and 6 backward, where our own code walks the steps."""
 _PASSES_A_STEP = 67
-"""Values a unit that these read and write: 28 and 24, and 15 for the slopes of all steps."""
+"""Values per unit that these read and write: 28 and 24, and 15 for the slopes of all steps."""
 
 
 def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[float, float]:
     """Seconds of the steps of a recurrence, forward and backward: as written, and with a share of W_hh kept.
 
-    PyTorch has some recurrences in one piece, whose steps spend nothing between their products; none of a kept weight.
+    PyTorch has some recurrences fused, whose steps spend nothing between their products; none takes a kept weight.
     """
     pre, state, weight = (value_of(node.args[place]) for place in (1, 2, 4))
     assert pre is not None

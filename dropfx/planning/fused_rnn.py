@@ -1,4 +1,4 @@
-"""Which recurrences PyTorch has in one piece, cuDNN's or oneDNN's, rather than step by step."""
+"""Which recurrences PyTorch has fused, as cuDNN or oneDNN, rather than step by step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dropfx.graph.pass_infra import Context
 
 
 def in_one_piece(node: fx.Node, context: Context) -> bool:
-    """Whether the device has the kind of a `dropfx::recurrence` in one piece, and the graph may call it."""
+    """Whether PyTorch has the kind of a `dropfx::recurrence` fused on the device, and the graph may call it."""
     kind, pre, _, _, _, _, w_hr, batch_sizes, reverse, *_ = node.args
     value = value_of(pre)
     packed = batch_sizes is not None

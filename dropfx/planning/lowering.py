@@ -36,7 +36,7 @@ def choose(node: fx.Node, candidates: Mapping[str, Callable[..., Any]], context:
     device = torch.device("cpu") if value is None else value.device
     why_not = why_no_kernels(device)
     if "triton" not in candidates:
-        return Choice("aten", "no kernel of it" if asked == "triton" else why_not if device.type == "cuda" else "")
+        return Choice("aten", "no Triton kernel" if asked == "triton" else why_not if device.type == "cuda" else "")
     if asked != "auto":
         if asked == "triton" and not why_not:
             _measured(node, candidates, context, device)  # for the sake of its tiles
@@ -75,7 +75,7 @@ def _measured(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "not measured: a CUDA graph is being captured"
     if context.options.pattern.on_host and "starts" in context.options.pattern.fields:
-        return "not measured: its width varies from step to step"
+        return "not measured: its width varies from one training step to the next"
     from dropfx.planning.autotune import tuner_for  # imports Triton
 
     with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
@@ -84,7 +84,7 @@ def _measured(
             steps = {name: example.step(op) for name, op in candidates.items()}
             return tuner_for(device).measure(example.key, steps)
         except _UnknownShape:
-            return "not measured: not all of its shapes are known before it runs"
+            return "not measured: not all of its shapes are known before the graph runs"
         except torch.OutOfMemoryError:
             return "not measured: no memory for a trial"
         except Exception as error:

@@ -25,7 +25,7 @@ class Prices:
 
     Attributes:
         compact, dense: of each node under either label.
-        gather, scatter: of reading a dense value compact, of reading a compact value dense; once a value.
+        gather, scatter: of reading a dense value compact, of reading a compact value dense; once per value.
     """
 
     compact: dict[fx.Node, int]

@@ -42,7 +42,7 @@ class Region:
         probabilities: the site drops the outcome of a softmax over its units.
         leading: length of the site's first axis where the draws differ along it, else None.
         straight: values whose first axis is the site's.
-        ends_before, ends_behind: the operations at which it ends, for `explain`.
+        ends_before, ends_behind: the operations before and after the site at which it ends, for `explain`.
     """
 
     site: fx.Node
@@ -67,7 +67,7 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
     """The region of a site; nodes in `taken` are compact for another one and count as dense here.
 
     Raises:
-        RegionRefused: something behind the site forbids a draw that the batch shares.
+        RegionRefused: something after the site forbids a draw that the batch shares.
     """
     assert site.node is not None
     if reason := reached_statistic(module, site.node, site.axis):
@@ -146,7 +146,7 @@ def _leads(node: fx.Node, at: UnitAxis, leading: int) -> bool:
 
 
 def is_dropped(value: Any) -> bool:
-    """Whether a dropout is behind a value, through operations that keep its units."""
+    """Whether a value comes from a dropout, through operations that keep its units."""
     pending, seen = [value], set[fx.Node]()
     while pending:
         node = pending.pop()
@@ -190,7 +190,7 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
         if not read:
             continue
         if region.probabilities and op_name(node) in _PRODUCTS:
-            raise RegionRefused("it drops attention probabilities, whose units no Linear contracts")
+            raise RegionRefused("it drops attention probabilities: no weight multiplies their units, activations do")
         free = not ("pinned" in notes(node) or drops(node))
         if free and op_name(node) == "linear":
             _linear_consumer(region, node, read)
@@ -220,7 +220,7 @@ def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None
     if read != [source] or not _gatherable(node):
         return
     if region.forms[source].dim != -1:
-        raise RegionRefused("a Linear after it contracts another axis")
+        raise RegionRefused("a Linear after it sums over another axis than the one whose units it drops")
     region.sinks.add(node)
     region.wants[node] = {source: region.forms[source]}
 
@@ -262,7 +262,7 @@ def _unitwise_after(
 
 
 def _fixed_behind(node: fx.Node, axis: UnitAxis) -> bool:
-    """Whether the sizes behind an axis are the same in every call: merged with it, they are numbers of the plan."""
+    """Whether the sizes after an axis are the same in every call: merged with it, they are numbers of the plan."""
     value = value_of(node)
     return value is not None and all(is_fixed(node, value.dim() + dim) for dim in range(axis.dim + 1, 0))
 
@@ -283,7 +283,7 @@ def _straight(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
 def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
     """Whether operand and reader agree in the first axis, along which groups lie; else the operand is broadcast there.
 
-    Behind it it may be: each row of the reader is of the group of the row that it reads.
+    On later axes it may be broadcast: each row of the reader is in the group of the row that it reads.
     """
     value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
     if rule is None or not rule.pointwise:
@@ -297,8 +297,8 @@ def drops(node: fx.Node) -> bool:
 
 
 def ends(region: Region) -> str:
-    """What lies around a region that holds no product, for `explain`: " (before it: conv2d; behind it: layer_norm)"."""
-    sides = [("before", region.ends_before), ("behind", region.ends_behind)]
+    """What lies around a region that holds no product, for `explain`: " (before it: conv2d; after it: layer_norm)"."""
+    sides = [("before", region.ends_before), ("after", region.ends_behind)]
     named = [(side, dict.fromkeys(_named(region, node) for node in nodes)) for side, nodes in sides]
     text = "; ".join(f"{side} it: {', '.join(names)}" for side, names in named if names)
     return f" ({text})" if text else ""

@@ -74,7 +74,7 @@ class Ends(nn.Module):
 )
 def test_reason_names_what_is_next_to_the_site(op: str, words: str) -> None:
     report = dropfx.explain(Ends(op), torch.randn(2, 3, 64), options={"min_speedup": 0})
-    assert report.sites[0].reason.endswith(f"(before it: conv1d; behind it: {words})")
+    assert report.sites[0].reason.endswith(f"(before it: conv1d; after it: {words})")
 
 
 def test_attention_is_the_reason_also_where_no_pattern_fits() -> None:

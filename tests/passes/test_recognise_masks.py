@@ -91,11 +91,11 @@ def test_other_draws_stay(name: str) -> None:
         ("rnn_dropout", {"groups": 2}, ""),
         ("locked_dropout", {"groups": 2}, "one mask for its whole leading axis"),
         ("mask_statements", {"groups": 2}, "one mask for its whole leading axis"),
-        ("rnn_dropout", {"pattern": "tile"}, "serves calls of dropout"),
+        ("rnn_dropout", {"pattern": "tile"}, "replaces calls of dropout"),
         ("locked_dropout", {"pattern": "row"}, ""),
         ("mask_used_twice", {"groups": 2}, ""),
         ("mask_used_in_a_loop", {"groups": 2}, ""),
-        ("mask_used_in_a_loop", {"pattern": "tile"}, "serves calls of dropout"),
+        ("mask_used_in_a_loop", {"pattern": "tile"}, "replaces calls of dropout"),
     ],
 )
 def test_reasons(name: str, options: dict[str, Any], reason: str) -> None:

@@ -100,12 +100,12 @@ def test_width_counts_the_padding(units: int, size: int | str) -> None:
 
 
 def test_axis_of_one_unit_is_refused() -> None:
-    with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) cannot be dropped in part"):
+    with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) is too short"):
         Block().fit(1, 0.5)
 
 
 def test_refusal_names_the_rate_that_the_axis_could_meet() -> None:
-    with pytest.raises(PatternRefused, match=r"3 units meet rate 0\.5 no nearer than 0\.333, allowed is 0\.02"):
+    with pytest.raises(PatternRefused, match=r"of 3 units the nearest rate to 0\.5 is 0\.333, more than 0\.02 away"):
         Block().fit(3, 0.5)
 
 

@@ -86,10 +86,10 @@ def test_rate_just_above_the_longest_period_is_drawn_a_little_lower() -> None:
 @pytest.mark.parametrize(
     ("pattern", "units", "rate", "words"),
     [
-        (Row(), 1, 0.5, r"an axis of 1 unit\(s\) cannot be dropped in part"),
-        (Row(2), 64, 0.7, "periods up to 2 drop at most 0.5 of the units, asked is 0.7"),
-        (Row(), 3, 0.9, "periods up to 3 drop at most 0.667 of the units, asked is 0.9"),
-        (Tile((16, 32)), 1, 0.5, "a weight of a single 16x32 tile cannot be dropped in part"),
+        (Row(), 1, 0.5, r"an axis of 1 unit\(s\) is too short"),
+        (Row(2), 64, 0.7, "periods up to 2 drop at most 0.5 of the units, less than 0.7"),
+        (Row(), 3, 0.9, "periods up to 3 drop at most 0.667 of the units, less than 0.9"),
+        (Tile((16, 32)), 1, 0.5, "a weight of a single 16x32 tile has no tile to drop"),
         (Tile(max_period=3), 64, 0.9, "periods up to 3 drop at most 0.667"),
     ],
 )

@@ -48,7 +48,7 @@ def test_scale_makes_up_for_the_drawn_rate() -> None:
 
 
 def test_axis_of_one_unit_is_refused() -> None:
-    with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) cannot be dropped in part"):
+    with pytest.raises(PatternRefused, match=r"an axis of 1 unit\(s\) is too short"):
         Slice().fit(1, 0.5)
 
 

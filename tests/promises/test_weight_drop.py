@@ -159,7 +159,7 @@ def test_a_call_as_written_writes() -> None:
 
 def test_tiles_of_the_weight_run_as_written() -> None:
     case = CASES["weight_drop"]
-    reason = "it drops the recurrent weight W_hh, which pattern='tile' does not serve: 'block', 'slice' and 'row' do"
+    reason = "it drops the recurrent weight W_hh, which pattern='tile' cannot; 'block', 'slice' and 'row' can"
     assert site(case.make(), *case.call(4)[0], pattern="tile").reason == reason
 
 

@@ -63,7 +63,7 @@ AXIS_RULES: dict[str, AxisRule] = {
     "stack": AxisRule(stack_operands, stack_output, all_sources, stack_keeps_first, moves_rows=True),
     **{name: along_rule(never if "softmax" in name else all_sources) for name in DIM},
 }
-"""Operation name (as `graphs.op_name` gives it) -> its row. What has no row is dense."""
+"""Operation name (as `nodes.op_name` gives it) -> its row. What has no row is dense."""
 
 
 def rule_of(node: fx.Node) -> AxisRule | None:

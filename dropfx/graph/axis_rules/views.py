@@ -1,4 +1,4 @@
-"""Views: an axis may move, merge with axes behind it, or be one of several results'."""
+"""Views: an axis may move, merge with axes after it, or be one of several results'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dropfx.graph.notes import UnitAxis
 def reshape_axis(source: Sequence[int], target: Sequence[int], axis: UnitAxis) -> UnitAxis | None:
     """Axis of `target` that holds `axis` of `source` when one shape is viewed as the other.
 
-    The axis may merge with axes behind it (its factor grows); it may not be split or merge with axes before it.
+    The axis may merge with axes after it (its factor grows); it may not be split or merge with axes before it.
     """
     position = len(source) + axis.dim
     for merged in range(position + 1, len(source) + 1):

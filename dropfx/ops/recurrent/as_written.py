@@ -90,7 +90,7 @@ def _backward_fake(grads: list[Tensor], kind: str, x: Tensor, batch_sizes: Tenso
 
 recurrent_as_written_op = define("recurrent_as_written", _call, _fake)
 _backward_op = define("recurrent_as_written_backward", _backward, _backward_fake)
-first_derivative_only(_backward_op, instead="call torch.nn's own without a compiler")
+first_derivative_only(_backward_op, instead="the torch.nn module has one, outside of torch.compile")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Weights one behind the other in memory, as cuDNN wants them: else PyTorch copies them at every call, with a warning.
+"""Weights one after another in memory, as cuDNN wants them: else PyTorch copies them at every call, with a warning.
 
 What is asked (ATen's cudnn/RNN.cpp, `try_get_weight_buf`): each weight lies where cuDNN expects it, and the memory is
 as long as cuDNN's own, which has room for two biases even where a layer has none.

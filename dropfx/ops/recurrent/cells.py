@@ -1,6 +1,6 @@
 """What the cells of all kinds share: names, memory for backward, gradients.
 
-N rows of all steps, B sequences, H units, P = H or the size of the projection, G gates a unit.
+N rows of all steps, B sequences, H units, P = H or the size of the projection, G gates per unit.
     pre [N, G*H]  what the inputs add to the gates: x @ W_ih^T + b
     w_hh [G*H, P]  b_hh [G*H] (GRU)  w_hr [P, H] (LSTM with projection)
     h [B, P]  c [B, H] (LSTM)  the state, updated in place

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def layered(function: Any, args: tuple[Any, ...], between: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
-    """function(*args) with `between(output, gap)` in place of its own dropout behind each layer but the last.
+    """function(*args) with `between(output, gap)` in place of its own dropout after each layer but the last.
 
     Args:
         function: one of `dropout_ops.RECURRENT_FUNCTIONS`; its args are (input, hx, weights, biases, layers, dropout,

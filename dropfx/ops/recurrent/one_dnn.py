@@ -6,10 +6,10 @@ PyTorch 2.13 breaks where AOTAutograd traces torch.lstm to `aten.mkldnn_rnn_laye
     and what oneDNN's backward needs, in its own format
     cols: the columns of w_ih that x has, or None for all; backward gathers them again
 
-How large the last one is only running it tells, and a compiler wants to know before. `kept_size` runs it for that, once
-for each size, and what it says is an argument. Where sizes vary there is no such number, and the bytes come at the head
-of a buffer that is large enough as far as known. Should either be wrong, as in a graph that was compiled for another
-processor, backward runs forward again.
+Only a run tells how large the last result is, and a compiler has to know it before. So `kept_size` runs the layer once
+for each size, and its answer is an argument of the op. Where sizes vary there is no such number, and the bytes come at
+the head of a buffer that is large enough as far as known. Should either be wrong, as in a graph that was compiled for
+another processor, backward runs forward again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def kept_size(steps: int, batch: int, inputs: int, units: int) -> int:
 
 
 def _bound(x: Tensor, w_hh: Tensor) -> Any:
-    """A little over what oneDNN 3 keeps: 16 rows of padded width a step and sample."""
+    """A little over what oneDNN 3 keeps: 16 rows of padded width per time step and sample."""
     steps, batch, inputs = x.shape
     width = torch.sym_max(inputs, w_hh.size(1)) + 48  # rows are padded to 16 floats, and off multiples of 256
     return 64 * (steps + 1) * batch * width + 65536  # each of its parts begins a page
@@ -128,7 +128,7 @@ def _layer_backward_fake(*args: Any) -> list[Tensor]:
 
 lstm_layer_op = define("lstm_layer", _layer, _layer_fake)
 _backward_op = define("lstm_layer_backward", _layer_backward, _layer_backward_fake)
-first_derivative_only(_backward_op, instead="dropfx.compile(model), without a compiler, has that of torch.nn")
+first_derivative_only(_backward_op, instead="dropfx.compile(model), which calls torch.lstm, has one")
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:

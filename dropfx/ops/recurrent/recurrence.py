@@ -24,7 +24,7 @@ from dropfx.ops.recurrent.cells import Flows, Saved, Weights
 from dropfx.ops.recurrent.steps import Steps, steps_of
 from dropfx.ops.runs import gather
 
-_INSTEAD = "dropfx.restore(model) gives back that of torch.nn"
+_INSTEAD = "the torch.nn module has one: run the model without dropfx, as after dropfx.restore(model)"
 
 
 def _walk(kind: str, pre: Tensor, h: Tensor, c: Tensor, weights: Weights, steps: Steps) -> tuple[Tensor, Saved]:
