@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 import dropfx
+from dropfx.bench import harness
 from dropfx.bench.training import mlp
 from dropfx.errors import DropfxError
 from dropfx.graph.device_costs import DEVICES, DeviceCosts, keep
@@ -40,18 +41,17 @@ def main(args: argparse.Namespace) -> int:
 
 def calibrate() -> DeviceCosts:
     """The costs of this machine's CPU, with as many threads as PyTorch uses now."""
-    launch = _small_step(compiled=False) / _LAUNCHES
-    draw = max(_draws() / 2, 1e-7)
-    added = _small_step(compiled=True) - _small_step(compiled=False)
-    return DeviceCosts(
-        flops={4: _flops(torch.float32), 8: _flops(torch.float64), 2: _flops(torch.bfloat16)},
-        bytes=_bytes(),
-        random=_random(),
-        launch=launch,
-        gathered=max((added - 2 * draw) / 3, launch),
-        draw=draw,
-        fused=DEVICES["cpu"].fused,
-    )
+    with torch.random.fork_rng(devices=[]):
+        written, compiled, draw = _small_steps()
+        return DeviceCosts(
+            flops={4: _flops(torch.float32), 8: _flops(torch.float64), 2: _flops(torch.bfloat16)},
+            bytes=_bytes(),
+            random=_random(),
+            launch=written / _LAUNCHES,
+            gathered=max((compiled - written - 2 * draw) / 3, written / _LAUNCHES),
+            draw=draw,
+            fused=DEVICES["cpu"].fused,
+        )
 
 
 def _median(step: Step, count: int = 1) -> float:
@@ -73,31 +73,22 @@ def _bytes(size: int = 2**24) -> float:
 
 def _random(size: int = 2**21) -> float:
     out = torch.empty(size)
-    with torch.random.fork_rng(devices=[]):
-        return size / _median(lambda: out.bernoulli_(0.5))
+    return size / _median(lambda: out.bernoulli_(0.5))
 
 
-def _small_step(compiled: bool) -> float:
-    with torch.random.fork_rng(devices=[]):
-        model: nn.Module = mlp(_SMALL, 0.5)
-        if compiled:
-            model = dropfx.compile(copy.deepcopy(model), min_speedup=0)
-        x = torch.randn(16, _SMALL[0])
+def _small_steps() -> tuple[float, float, float]:
+    """Seconds of a step of the small perceptron as written, of one with all rewritten, and of a site's draw."""
+    written = mlp(_SMALL, 0.5)
+    compiled, x = dropfx.compile(copy.deepcopy(written), min_speedup=0), torch.randn(16, _SMALL[0])
 
-        def step() -> None:
-            """Forward and backward."""
-            torch.autograd.backward(model(x).sum())
+    def step(model: nn.Module) -> Step:
+        """Forward and backward."""
+        return lambda: torch.autograd.backward(model(x).sum())
 
-        return _median(step, 50)
-
-
-def _draws() -> float:
-    """Seconds of the draws of the small model's two sites."""
-    with torch.random.fork_rng(devices=[]):
-        model = dropfx.compile(mlp(_SMALL, 0.5), min_speedup=0)
-        model(torch.randn(16, _SMALL[0]))
-        (graph,) = model.__dict__["_dropfx"].capture.graphs
-        return _median(graph.variants[0].draw, 50)
+    times = harness.interleave({"written": step(written), "compiled": step(compiled)}, _REPEATS, turn_seconds=0.05)
+    (graph,) = compiled.__dict__["_dropfx"].capture.graphs
+    draws = _median(graph.variants[0].draw, 50)
+    return statistics.median(times["written"]), statistics.median(times["compiled"]), max(draws / 2, 1e-7)
 
 
 _SHOWN: dict[str, tuple[str, Callable[[DeviceCosts], float]]] = {

@@ -12,7 +12,7 @@ from torch import nn
 import dropfx
 from dropfx.frontend import left_alone
 from dropfx.frontend.capture import Capture
-from tests.catalogue.case import check_step, mlp
+from tests.catalogue.case import mlp
 
 
 class Calls:
@@ -101,9 +101,6 @@ def test_it_draws_as_pytorch_does() -> None:
     original = mlp(8, 16, 16, 8).double()
     model = dropfx.compile(copy.deepcopy(original))
     for seed in range(4):
-        assert not check_step(
-            original, model, (torch.randn(4, 8, dtype=torch.float64),), dtype=torch.float64, seed=seed
-        )
         torch.manual_seed(seed)
         x = torch.randn(4, 8, dtype=torch.float64)
         torch.manual_seed(seed)
