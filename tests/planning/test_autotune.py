@@ -16,7 +16,7 @@ import dropfx
 from dropfx.kernels import configs
 from dropfx.kernels.configs import Config
 from dropfx.passes import PIPELINE  # noqa: F401  # registers the ops
-from dropfx.planning import autotune, lowering
+from dropfx.planning import lowering
 from dropfx.planning.autotune import Tuner
 from tests.catalogue.case import mlp
 
@@ -118,23 +118,6 @@ def test_several_writers_leave_a_whole_file(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     assert {f"linear {number} 19" for number in range(3)} & json.loads(path.read_text())["seconds"].keys()
     assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
-
-
-def test_file_name_has_device_and_versions() -> None:
-    name = autotune.file_name(CPU)
-    assert torch.__version__.replace("+", "+") in name
-    assert "triton-" in name
-    assert "dropfx-" in name
-    assert name.endswith(".json")
-    assert "/" not in name
-
-
-def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    monkeypatch.delenv("DROPFX_CACHE_DIR", raising=False)
-    assert autotune.folder() == Path("/cache/dropfx")
-    monkeypatch.setenv("DROPFX_CACHE_DIR", "/elsewhere")
-    assert autotune.folder() == Path("/elsewhere")
 
 
 # -- tiles ----------------------------------------------------------------------------------------------------------
