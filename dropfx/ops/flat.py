@@ -6,7 +6,7 @@ A parameter `rows: Kept | None` of a reference is `rows, rows_run` in the op, an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 from torch import Tensor
@@ -26,14 +26,24 @@ class Layout:
         self._parameters = list(inspect.signature(reference, eval_str=True).parameters.values())
         self._kept = [_is_kept(parameter.annotation) for parameter in self._parameters]
         self._before = len(self._kept) + sum(self._kept)  # flat arguments before the lengths of leading axes
+        self._places = list(self._find_places())
 
     def grouped(self, args: Sequence[Any]) -> list[Any]:
         """The reference's arguments, of the op's; defaults in the place of those left out at the end."""
-        given, leading = iter(args[: self._before]), iter([*args[self._before :], *[0] * len(self._kept)])
-        made: list[Any] = []
-        for kept, value in zip(self._kept, given, strict=False):
-            made.append(Kept.of(value, next(given), next(leading)) if kept else value)
+        count = len(args)
+        made = [
+            args[at] if leading is None else Kept.of(args[at], args[at + 1], args[leading] if leading < count else 0)
+            for at, leading in self._places
+            if at < count
+        ]
         return made + [parameter.default for parameter in self._parameters[len(made) :]]
+
+    def _find_places(self) -> Iterator[tuple[int, int | None]]:
+        """Of each argument, its place among the op's, and of one that is kept that of the leading axis' length."""
+        at, leading = 0, self._before
+        for kept in self._kept:
+            yield at, leading if kept else None
+            at, leading = at + 1 + kept, leading + kept
 
     def flat(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """The op's arguments, of the reference's: values, or nodes of a graph; those left out at the end stay so."""
