@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import pytest
-
 from dropfx.bench import predictions
 from dropfx.bench.predictions import ALL, DEFAULT, EAGER, Case, Result, summary_table
-from dropfx.cli import main
 
 
-@pytest.mark.parametrize("model", predictions.MODELS)
-def test_a_small_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--widths", "16", "--batch", "32", "--rates", ".5", "--rounds", "1"]
-    command = ["bench", "predictions", "--models", model, *sizes, "--malloc", "system", "--out", str(tmp_path)]
-    assert main(command) == 0
-    (case,) = json.loads((tmp_path / "predictions.json").read_text())["cases"]
-    assert case["rewritten"] == 0 < case["sites"]
-    assert case["predicted"] > 0
-    assert {*case["seconds"]} == {EAGER, DEFAULT, ALL}
-    assert "worst default" in capsys.readouterr().out
-    assert "16" in (tmp_path / "predictions.md").read_text()
+def test_a_case() -> None:
+    found = predictions.measure(Case("mlp", 16, 32, 0.5), rounds=1)
+    assert found.rewritten == 0 < found.sites
+    assert found.predicted > 0
+    assert {*found.seconds} == {EAGER, DEFAULT, ALL}
 
 
 def test_the_summary() -> None:
