@@ -142,15 +142,20 @@ FAULTS = (
         "promises frontend",
     ),
     # -- flat arguments, calls that are left alone, prices
-    Fault("dropfx/ops/flat.py", "made += [starts, run]", "made += [starts, 1]", "ops"),
+    Fault("dropfx/ops/flat.py", "made += [starts, run]", "made += [starts, 1]", "ops/test_flat.py ops"),
     Fault(
         "dropfx/ops/flat.py",
         "*(leading if len(args) == len(self._kept) else ())",
         "*(0 for _ in leading)",
-        "catalogue/test_groups.py",
+        "ops/test_flat.py catalogue/test_groups.py",
     ),
-    Fault("dropfx/frontend/left_alone.py", "return value.shape, value.dtype", "return value.dtype", "frontend"),
-    Fault("dropfx/frontend/left_alone.py", "self._calls[kind] = calls + 1", "pass", "frontend"),
+    Fault(
+        "dropfx/frontend/left_alone.py",
+        "return value.shape, value.dtype",
+        "return value.dtype",
+        "frontend/test_left_alone.py",
+    ),
+    Fault("dropfx/frontend/left_alone.py", "self._calls[kind] = calls + 1", "pass", "frontend/test_left_alone.py"),
     Fault(
         "dropfx/frontend/dynamo_graph.py",
         "put_in_place(user, node, float(numbers[source]))",
@@ -163,5 +168,10 @@ FAULTS = (
         "kept = 2 * costs.move(elements * keep, i",
         "planning",
     ),
-    Fault("dropfx/planning/cost_model.py", "time = costs.gathered + groups", "time = groups", "planning"),
+    Fault(
+        "dropfx/planning/cost_model.py",
+        "time = costs.gathered + groups",
+        "time = groups",
+        "planning/test_cost_model.py",
+    ),
 )
