@@ -88,18 +88,30 @@ def _labels(
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
     if node is region.site:
-        kept = costs.draw + 2 * costs.move(elements * keep, itemsize)
-        return _nanoseconds(kept), _nanoseconds(costs.dropout(elements, itemsize))
+        kept, dense = _site_times(elements, itemsize, keep, costs)
+        return _nanoseconds(kept), _nanoseconds(dense)
     if node in region.sinks:
         assert op_name(node) in SUMS, node
-        kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
-        return _nanoseconds(kept), _nanoseconds(costs.move(elements, itemsize, 3))
+        kept, dense = _residual_times(elements, itemsize, keep, costs)
+        return _nanoseconds(kept), _nanoseconds(dense)
     each = 2 * (1 + len(region.wants.get(node, {})))
     fixed = costs.gathered if op_name(node) in GEMMS else 0.0
     return (
         _nanoseconds(fixed + costs.move(elements * keep, itemsize, each)),
         _nanoseconds(costs.move(elements, itemsize, each)),
     )
+
+
+def _site_times(elements: int, itemsize: int, keep: float, costs: DeviceCosts) -> tuple[float, float]:
+    """Seconds of a dropout, rewritten and as written."""
+    kept = costs.draw + 2 * costs.move(elements * keep, itemsize)
+    return kept, costs.dropout(elements, itemsize)
+
+
+def _residual_times(elements: int, itemsize: int, keep: float, costs: DeviceCosts) -> tuple[float, float]:
+    """Seconds of a sum that adds the kept units alone, and of one that adds all."""
+    kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
+    return kept, costs.move(elements, itemsize, 3)
 
 
 def _linear(
@@ -166,7 +178,7 @@ def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
                 if form is not None and (operand, form) not in converted:
                     converted.add((operand, form))
                     elements, itemsize = _size(operand)
-                    keep = _keep(form, context)
+                    keep = kept_share(form, context)
                     moved = context.costs.move(elements * keep, itemsize) + context.costs.move(elements, itemsize)
                     planned += context.costs.gathered + moved
     return written, planned
@@ -176,8 +188,8 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     """Seconds of one operation, as written and as planned, without conversions."""
     costs, (elements, itemsize) = context.costs, _size(node)
     reads, makes = forms_of(node)
-    keep_in, keep_out = _keep(reads, context), _keep(makes, context)
-    if op_name(node) == "linear" and is_matrix(node):
+    keep_in, keep_out = kept_share(reads, context), kept_share(makes, context)
+    if op_name(node) == "linear" and _is_matrix(node):
         groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
         return (
             _linear(node, 1.0, 1.0, costs, itemsize),
@@ -196,13 +208,12 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
         time = 3 * costs.gemm(elements // max(_size_of_last(node), 1), _size_of_last(node), inner, itemsize)
         return time, time
     if drops(node):
-        kept = costs.draw + 2 * costs.move(elements * keep_out, itemsize)
-        dense = costs.dropout(elements, itemsize)
+        kept, dense = _site_times(elements, itemsize, keep_out, costs)
         return dense, kept if makes is not None else dense
     fixed = costs.gathered if op_name(node) in GEMMS and makes is not None else 0.0
     if reads is not None and makes is None:  # a sum that adds the kept units alone
-        kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep_in, itemsize)
-        return costs.move(elements, itemsize, 3), kept
+        kept, dense = _residual_times(elements, itemsize, keep_in, costs)
+        return dense, kept
     return costs.move(elements, itemsize, passes), fixed + costs.move(elements * keep_out, itemsize, passes)
 
 
@@ -211,7 +222,8 @@ _FREE = frozenset([*COPIES, *PERMUTATIONS, *RESHAPES, "getitem", "size", "expand
 _MATMULS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
-def _keep(form: Form | None, context: Context) -> float:
+def kept_share(form: Form | None, context: Context) -> float:
+    """Of the units that a form keeps; 1 where dense."""
     fit = None if form is None else context.sites[form.site].fit
     return 1.0 if fit is None else fit.keep
 
@@ -221,7 +233,7 @@ def _size_of_last(node: fx.Node) -> int:
     return 1 if value is None or value.dim() == 0 else int(value.size(-1))
 
 
-def is_matrix(linear: fx.Node) -> bool:
+def _is_matrix(linear: fx.Node) -> bool:
     """Whether the shapes of a Linear's operands are known, and its weight is a matrix."""
     weight = value_of(argument(linear, 1, "weight"))
     return weight is not None and weight.dim() == 2 and value_of(argument(linear, 0, "input")) is not None

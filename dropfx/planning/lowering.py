@@ -16,7 +16,7 @@ from dropfx.graph.nodes import value_of
 from dropfx.graph.notes import forms_of, notes
 from dropfx.graph.pass_infra import Context
 from dropfx.ops.triton_available import why_no_kernels
-from dropfx.planning.cost_model import lowered_times
+from dropfx.planning.cost_model import kept_share, lowered_times
 
 
 class Choice(NamedTuple):
@@ -55,14 +55,9 @@ def _predicted(node: fx.Node, context: Context, why: str) -> Choice:
     """By the cost table, where there is no measurement; copies where it has no opinion."""
     if node.target is not ops.linear_op:
         return Choice("aten", why)
-    reads, makes = (_keep(form, context) for form in forms_of(node))
+    reads, makes = (kept_share(form, context) for form in forms_of(node))
     times = lowered_times(node, reads, makes, context.costs)
     return Choice(min(times, key=lambda name: times[name]), f"by the device's cost table; {why}")
-
-
-def _keep(form: Any, context: Context) -> float:
-    fit = None if form is None else context.sites[form.site].fit
-    return 1.0 if fit is None else fit.keep
 
 
 # -- measurement ----------------------------------------------------------------------------------------------------
