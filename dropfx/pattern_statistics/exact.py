@@ -83,7 +83,7 @@ def exact(pattern: Pattern, fit: Fit, units: int) -> Figures | None:
 
     Args:
         pattern: the pattern.
-        fit: what it realised.
+        fit: the pattern, fitted to an axis.
         units: length of the axis; `tile`: rows and columns of the weight.
     """
     # by exact type: a subclass may draw otherwise
