@@ -12,48 +12,32 @@ import torch
 from torch import Tensor
 
 from dropfx.ops.define import by, define, differentiable, eager, first_derivative_only, padded, whole
-from dropfx.ops.groups import pieces
+from dropfx.ops.groups import gather_groups, scatter_groups, tiles_by_row
 from dropfx.ops.kept import Kept, save_kept, saved_kept
-from dropfx.ops.runs import gather, scatter
+from dropfx.ops.runs import scatter
 
 
 def _embedding(ids: Tensor, weight: Tensor, cols: Kept, padding_idx: int) -> Tensor:
-    flat = ids.reshape(-1)
-    parts = pieces(len(flat), cols)
-    found = [_look_up(flat[p.low : p.high], weight, p.kept[0]) for p in parts]
-    out = found[0] if len(found) == 1 else torch.cat(found)
+    flat, units = ids.reshape(-1), weight.size(1)
+    if cols.whole_runs(units) and weight.is_contiguous():
+        tiles = tiles_by_row(cols, len(flat), units, flat)
+        out = weight.view(-1, cols.run).index_select(0, tiles).view(-1, cols.width)
+    else:
+        out = gather_groups(weight.index_select(0, flat), 1, cols).contiguous()
     return whole(out.view(*ids.shape, out.size(1)))
-
-
-def _look_up(ids: Tensor, weight: Tensor, kept: Kept | None) -> Tensor:
-    assert kept is not None
-    if not kept.whole_runs(weight.size(1)) or not weight.is_contiguous():
-        return gather(weight.index_select(0, ids), 1, kept).contiguous()
-    tiles = ids[:, None] * (weight.size(1) // kept.run) + kept.blocks()
-    return weight.view(-1, kept.run).index_select(0, tiles.view(-1)).view(-1, kept.width)
 
 
 def _embedding_backward(grad: Tensor, ids: Tensor, cols: Kept, padding_idx: int, rows: int, units: int) -> Tensor:
     flat, where = grad.reshape(-1, grad.size(-1)), ids.reshape(-1)
     if padding_idx >= 0:
         flat = flat * (where != padding_idx)[:, None]
-    parts = pieces(len(flat), cols)
-    total: Tensor | None = None
-    for part in parts:
-        here = _spread(flat[part.low : part.high], where[part.low : part.high], part.kept[0], rows, units)
-        total = here if total is None else total + here
-    assert total is not None
-    return total
-
-
-def _spread(grad: Tensor, ids: Tensor, kept: Kept | None, rows: int, units: int) -> Tensor:
-    assert kept is not None
-    if not kept.whole_runs(units):
-        compact = grad.new_zeros(rows, kept.width).index_add_(0, ids, grad)
-        return scatter(compact, 1, kept, units)
-    tiles = (ids[:, None] * (units // kept.run) + kept.blocks()).view(-1)
-    tiled = grad.new_zeros(rows * units // kept.run, kept.run)
-    return tiled.index_add_(0, tiles, grad.reshape(-1, kept.run)).view(rows, units)
+    if cols.whole_runs(units):
+        tiled = grad.new_zeros(rows * units // cols.run, cols.run)
+        tiles = tiles_by_row(cols, len(flat), units, where)
+        return tiled.index_add_(0, tiles, flat.reshape(-1, cols.run)).view(rows, units)
+    if cols.grouped:
+        return grad.new_zeros(rows, units).index_add_(0, where, scatter_groups(flat, 1, cols, units))
+    return scatter(grad.new_zeros(rows, cols.width).index_add_(0, where, flat), 1, cols, units)
 
 
 def _embedding_fake(ids: Tensor, weight: Tensor, cols: Kept, padding_idx: int) -> Tensor:

@@ -46,20 +46,20 @@ class Kept(NamedTuple):
 
     def whole_runs(self, units: int) -> bool:
         """Whether the runs are blocks that the axis divides into."""
-        return self.starts.numel() > 1 and units % self.run == 0
+        return self.starts.size(-1) > 1 and units % self.run == 0
 
     def blocks(self) -> Tensor:
         """Indices of the kept blocks, where the runs tile the axis."""
         return self.starts if self.run == 1 else self.starts // self.run
 
     def unwrapped(self) -> Tensor:
-        """Kept positions [width]; those of a run that goes past the end of the axis, past it."""
+        """Kept positions [(groups,) width]; those of a run that goes past the end of the axis, past it."""
         if self.run == 1:
             return self.starts
-        return (self.starts[:, None] + torch.arange(self.run, device=self.starts.device)).view(-1)
+        return (self.starts[..., None] + torch.arange(self.run, device=self.starts.device)).flatten(-2)
 
     def units(self, units: int) -> Tensor:
-        """Kept positions [width]."""
+        """Kept positions [(groups,) width]."""
         positions = self.unwrapped()
         return positions if self.run == 1 or self.whole_runs(units) else positions % units
 

@@ -12,147 +12,46 @@ Shapes: x [*, K'], W [N, K], b [N], y [*, N'];  M = product of the leading dimen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dropfx.ops.define import autocast, by, define, differentiable, eager, first_derivative_only, padded, whole
 from dropfx.ops.gathered_weight import worth_gathering_again
-from dropfx.ops.groups import pieces
 from dropfx.ops.kept import Kept, save_kept, saved_kept
-from dropfx.ops.products import aligned_mm, misaligned, scaled_linear, scaled_mm
-from dropfx.ops.runs import GatheredWeight, gather, scatter, stored_transposed
-
-_PARTS = 4
-"""A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
-
-
-def _forward(x: Tensor, compact: Tensor, bias: Tensor | None, kept: GatheredWeight, scale: float) -> Tensor:
-    if x.size(-1) != compact.size(1):
-        raise RuntimeError(f"gathered linear: input has {x.size(-1)} features, the kept weight {compact.size(1)}")
-    kept_bias = bias if bias is None or kept.rows is None else gather(bias, 0, kept.rows)
-    return whole(scaled_linear(x, compact, kept_bias, scale))
-
-
-def _input_gradient(grad: Tensor, compact: Tensor, scale: float) -> Tensor:
-    return scaled_mm(grad, compact.to(grad.dtype), scale)
-
-
-def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: GatheredWeight, scale: float) -> Tensor:
-    """dense + the gradient from these rows, in place; where `dense` is None, a new tensor, stored as the weight is."""
-    if kept.flipped is not None:
-        return _weight_gradient(None if dense is None else dense.t(), x, dy, kept.flipped, scale).t()
-    if torch.is_grad_enabled():
-        made = kept.scatter(scaled_mm(dy.t(), x, scale).to(kept.dtype))
-        return made if dense is None else dense + made
-    if dense is None and kept.dtype == dy.dtype and (starts := kept.row_blocks()) is not None:
-        return _product_in_rows(dy, x, kept, starts, scale)
-    if kept.block_index is None:
-        product = scaled_mm(dy.t(), x, scale).to(kept.dtype)
-        return kept.scatter(product) if dense is None else kept.add(dense, product)
-    add = dense is not None
-    dense = x.new_zeros(kept.n, kept.k, dtype=kept.dtype) if dense is None else dense
-    parts = -(-_PARTS * dy.size(1) * x.size(1) // dense.numel())
-    step = -(-dy.size(1) // parts)
-    # below no product is given a name: one is freed before the next is made
-    if kept.rows is None and kept.cols is not None and misaligned(x):
-        blocks, width = kept.cols.blocks(), kept.cols.run
-        for part, there in zip(dy.split(step, 1), dense.view(kept.n, -1, width).split(step), strict=True):
-            write = there.index_add_ if add else there.index_copy_
-            write(1, blocks, aligned_mm(part.t(), x, scale).unflatten(1, (-1, width)).to(kept.dtype))
-        return dense
-    index, width = kept.block_index
-    write = dense.view(-1, width).index_add_ if add else dense.view(-1, width).index_copy_
-    for part, where in zip(dy.split(step, 1), index.split(step * (x.size(1) // width)), strict=True):
-        write(0, where, scaled_mm(part.t(), x, scale).view(-1, width).to(kept.dtype))
-    return dense
-
-
-def _product_in_rows(dy: Tensor, x: Tensor, kept: GatheredWeight, starts: list[int], scale: float) -> Tensor:
-    """The gradient where whole rows are kept, in its own memory.
-
-    The product fills the first rows; then its blocks of rows move to their places, the last one first: no place lies
-    before what has to move there, and blocks do not overlap.
-    """
-    run = dy.size(1) // len(starts)
-    dense = x.new_empty(kept.n, kept.k)
-    compact = dense[: dy.size(1)]
-    torch.addmm(compact, dy.t(), x, beta=0, alpha=scale, out=compact)
-    end = kept.n
-    for number, start in reversed(list(enumerate(starts))):
-        if start > number * run:
-            dense[start : start + run] = dense[number * run : (number + 1) * run]
-        dense[start + run : end].zero_()
-        end = start
-    dense[:end].zero_()
-    return dense
-
-
-def _bias_gradient(grad: Tensor, kept: GatheredWeight) -> Tensor:
-    db = grad.sum(0).to(kept.dtype)
-    return db if kept.rows is None else scatter(db, 0, kept.rows, kept.n)
-
-
-class _Part(NamedTuple):
-    """Rows of x and y in which one draw of each axis holds."""
-
-    low: int
-    high: int
-    kept: GatheredWeight
-
-
-def _parts(x: Tensor, weight: Tensor, rows: Kept | None, cols: Kept | None) -> list[_Part]:
-    if not any(kept is not None and kept.grouped for kept in (rows, cols)):
-        return [_Part(0, _rows(x), GatheredWeight(weight, rows, cols))]
-    return [_Part(p.low, p.high, GatheredWeight(weight, *p.kept)) for p in pieces(_rows(x), rows, cols)]
-
-
-def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[_Part], scale: float) -> Tensor:
-    flat = x.reshape(-1, x.size(-1))
-    found = [_forward(flat[low:high], kept.gather(weight), bias, kept, scale) for low, high, kept in parts]
-    return whole(torch.cat(found).view(*x.shape[:-1], found[0].size(1)))
-
-
-def _gradients(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    parts: list[_Part],
-    scale: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX where `weight` is given, dW where `x` is, db where `bias`."""
-    dy = grad.reshape(-1, grad.size(-1))
-    dx = dw = db = None
-    if weight is not None:
-        found = [_input_gradient(dy[low:high], kept.gather(weight), scale) for low, high, kept in parts]
-        dx = found[0] if len(found) == 1 else torch.cat(found)
-        dx = dx.view(*grad.shape[:-1], dx.size(1))
-    if x is not None:
-        flat = x.reshape(-1, x.size(-1)).to(dy.dtype)
-        for low, high, kept in parts:
-            dw = _weight_gradient(dw, dy[low:high], flat[low:high], kept, scale)
-    if bias:
-        for low, high, kept in parts:
-            here = _bias_gradient(dy[low:high], kept)
-            db = here if db is None else db + here
-    return dx, dw, db
+from dropfx.ops.parts import Parts
+from dropfx.ops.runs import stored_transposed
 
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Kept | None, cols: Kept | None, scale: float
 ) -> Tensor:
     parts = _parts(x, weight, rows, cols)
-    if len(parts) == 1:
-        kept = parts[0].kept
-        return _forward(x, kept.gather(weight), bias, kept, scale)
-    return _product(x, weight, bias, parts, scale)
+    return _product(parts, x, bias, parts.gather(weight), scale)
+
+
+def _parts(x: Tensor, weight: Tensor, rows: Kept | None, cols: Kept | None) -> Parts:
+    return Parts(math.prod(x.shape[:-1]), weight, rows, cols)
+
+
+def _product(parts: Parts, x: Tensor, bias: Tensor | None, gathered: Iterable[Tensor], scale: float) -> Tensor:
+    out = parts.product(_flat(x), bias, gathered, scale)
+    return whole(out.view(*x.shape[:-1], out.size(1)))
+
+
+def _input_gradient(parts: Parts, grad: Tensor, gathered: Iterable[Tensor], scale: float) -> Tensor:
+    dx = parts.input_gradient(_flat(grad), gathered, scale)
+    return dx.view(*grad.shape[:-1], dx.size(1))
+
+
+def _weight_gradient(parts: Parts, grad: Tensor, x: Tensor, scale: float) -> Tensor:
+    return parts.weight_gradient(_flat(grad), _flat(x).to(grad.dtype), scale)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1))
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Kept | None, *_: Any) -> Tensor:
@@ -169,8 +68,9 @@ def _linear_backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = _parts(x, weight, rows, cols)
-    asked = x if mask[1] else None, weight if mask[0] else None, mask[2]
-    dx, dw, db = _gradients(grad, *asked, parts, scale)
+    dx = _input_gradient(parts, grad, parts.gather(weight), scale) if mask[0] else None
+    dw = _weight_gradient(parts, grad, x, scale) if mask[1] else None
+    db = parts.bias_gradient(_flat(grad)) if mask[2] else None
     return (
         x.new_empty(0) if dx is None else dx.to(x.dtype),
         weight.new_empty(0) if dw is None else dw,
@@ -232,31 +132,35 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         """y [*, N'] = scale * x [*, K'] @ W[rows, cols]^T + b[rows]; the kept weight is held for the input gradient."""
         parts = _parts(x, weight, rows, cols)
-        ctx.parts, ctx.scale, ctx.dtype, ctx.compact = parts, scale, x.dtype, None
+        ctx.parts, ctx.scale, ctx.dtype, ctx.held = parts, scale, x.dtype, None
         wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        if len(parts) > 1:
-            return _product(x, weight, bias, parts, scale)
-        compact = parts[0].kept.gather(weight)
-        # one kept weight serves the input gradient too; of several groups they would add up
-        is_view = torch._C._is_alias_of(compact, weight)  # type: ignore[attr-defined]
-        if wants_x and (is_view or not worth_gathering_again(x, compact)):
-            ctx.compact = compact
-        return _forward(x, compact, bias, parts[0].kept, scale)
+        if not wants_x or parts.size > weight.numel():
+            return _product(parts, x, bias, parts.gather(weight), scale)
+        gathered = list(parts.gather(weight))
+        # kept weights that together are no larger than the weight serve the input gradient too
+        is_view = torch._C._is_alias_of(gathered[0], weight)  # type: ignore[attr-defined]
+        if is_view or not worth_gathering_again(x, gathered[0]):
+            ctx.held = gathered
+        return _product(parts, x, bias, gathered, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """dx [*, K'], dW [N, K], db [N] from grad [*, N'] as far as they are asked for, and None for the rest."""
         x, weight = ctx.saved_tensors
-        dx = None
-        if ctx.compact is not None and not torch.is_grad_enabled():
-            # freed before dW is allocated; a second backward (retain_graph) gathers anew, and with create_graph the
-            # kept weight must be part of the graph
-            flat = _input_gradient(grad.reshape(-1, grad.size(-1)), ctx.compact, ctx.scale)
-            dx, ctx.compact, weight = flat.view(*grad.shape[:-1], flat.size(1)), None, None
-        made, dw, db = _gradients(grad, x, weight, ctx.wants_bias, ctx.parts, ctx.scale)
-        dx = made if dx is None else dx
-        return padded(ctx, None if dx is None else dx.to(ctx.dtype), dw, db)
+        dx = dw = db = None
+        if weight is not None:
+            # held ones are freed before dW is allocated; a second backward (retain_graph) gathers anew, and with
+            # create_graph the kept weights must be part of the graph
+            held, ctx.held = None if torch.is_grad_enabled() else ctx.held, None
+            gathered = ctx.parts.gather(weight) if held is None else held
+            dx = _input_gradient(ctx.parts, grad, gathered, ctx.scale).to(ctx.dtype)
+            del held, gathered
+        if x is not None:
+            dw = _weight_gradient(ctx.parts, grad, x, ctx.scale)
+        if ctx.wants_bias:
+            db = ctx.parts.bias_gradient(_flat(grad))
+        return padded(ctx, dx, dw, db)
 
 
 eager(linear_op, _Linear)

@@ -83,6 +83,7 @@ class GatheredWeight:
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
         self.partial = rows is not None or cols is not None
+        self.size = (self.n if rows is None else rows.width) * (self.k if cols is None else cols.width)
 
     @cached_property
     def block_index(self) -> tuple[Tensor, int] | None:
