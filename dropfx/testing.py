@@ -160,7 +160,7 @@ class _Substitute(TorchFunctionMode):
         self._draws: Counter[str] = Counter()
         self._recurrences: Counter[str] = Counter()
         self._tiles = tiles
-        self._tiled: list[tuple[Tensor, Iterator[Tensor]]] = []
+        self._tiled: list[tuple[Tensor, list[Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -179,7 +179,7 @@ class _Substitute(TorchFunctionMode):
         if self._tiles and (weights := _of_weights(self._masks, name)):
             inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
             dropped = x if inplace else x.view_as(x)  # known again by identity
-            self._tiled.append((dropped, iter(weights)))
+            self._tiled.append((dropped, weights))
             return dropped
         mask = self._masks.get(name)
         if mask is None:
@@ -227,12 +227,11 @@ class _Substitute(TorchFunctionMode):
         each = len(weights) // (layers * places)
         behind = [masks for dropped, masks in self._tiled if x is dropped]
         gaps = [_of_weights(self._masks, name) if self._tiles else [] for name in names]
-        for layer, masks in enumerate([behind, *([iter(gap)] for gap in gaps)]):
+        for layer, masks in enumerate([behind, *([list(gap)] for gap in gaps)]):
             for place in range(layer * places, (layer + 1) * places):
-                for remaining in masks:
-                    mask = next(remaining, None)
+                for remaining in filter(None, masks):
                     weight = weights[place * each]
-                    weights[place * each] = weight if mask is None else weight * mask.to(weight.dtype)
+                    weights[place * each] = weight * remaining.pop(0).to(weight.dtype)
         return gaps
 
     def _gap_names(self, gaps: int) -> list[str]:
@@ -244,9 +243,9 @@ class _Substitute(TorchFunctionMode):
 
     def _tiled_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self._tiled:
-            if input is dropped or weight is dropped:
-                mask = next(masks, None)  # a Linear that nobody reads has none
-                weight = weight if mask is None else weight * mask.to(weight.dtype)
+            # a Linear that nobody reads has none
+            if (input is dropped or weight is dropped) and masks and masks[0].shape == weight.shape:
+                weight = weight * masks.pop(0).to(weight.dtype)
         return F.linear(input, weight, bias)
 
     def restart(self) -> None:

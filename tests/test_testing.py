@@ -145,6 +145,24 @@ def test_model_is_left_as_it_was(compiled: bool, training: bool) -> None:
     assert random.getstate() == generator[1]
 
 
+class WithDeadCode(nn.Module):
+    """Reads a dropout by a Linear whose result nobody reads, before the one that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.unread, self.linear = nn.Dropout(0.5), nn.Linear(64, 32), nn.Linear(64, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 64] -> [batch, 96]"""
+        dropped = self.drop(x)
+        self.unread(dropped)
+        return self.linear(dropped)
+
+
+def test_what_nobody_reads_drops_no_tiles() -> None:
+    assert_equivalent(WithDeadCode().double(), X.double(), options={"pattern": "tile", "min_speedup": 0})
+
+
 class Lying(nn.Module):
     """Runs another computation every other time: no two runs of it agree."""
 

@@ -40,7 +40,7 @@ class Masked(TorchFunctionMode):
         self.stack: list[nn.Module] = []
         self.count: Counter[str] = Counter()
         self.used: set[str] = set()
-        self.tiled: list[tuple[Tensor, Iterator[Tensor]]] = []
+        self.tiled: list[tuple[Tensor, list[Tensor]]] = []
 
     @property
     def path(self) -> str:
@@ -78,7 +78,7 @@ class Masked(TorchFunctionMode):
         weights = self.tile_masks(name) if self.tiles else []
         if weights:
             dropped = input if inplace else input.view_as(input)
-            self.tiled.append((dropped, iter(weights)))
+            self.tiled.append((dropped, weights))
             return dropped
         mask = self.mask(name)
         if mask is None:
@@ -98,8 +98,9 @@ class Masked(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for dropped, masks in self.tiled:
-            if (input is dropped or weight is dropped) and (mask := next(masks, None)) is not None:
-                weight = weight * mask.to(weight.dtype)
+            # the product of a Linear that nobody reads drops nothing
+            if (input is dropped or weight is dropped) and masks and masks[0].shape == weight.shape:
+                weight = weight * masks.pop(0).to(weight.dtype)
         return F.linear(input, weight, bias)
 
     def bernoulli(self, func: Any, input: Tensor, p: Any = None, **kwargs: Any) -> Tensor:
