@@ -116,7 +116,7 @@ def _block(text: str) -> str:
 
 
 def _groups(text: str) -> int | str:
-    return text if text == "time" else int(text)
+    return text if text in ("auto", "time") else int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +163,10 @@ def _model_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
     )
     command.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
     command.add_argument(
-        "--groups", type=_groups, default=1, help="draws per batch, or 'time': one per time step (default: 1)"
+        "--groups",
+        type=_groups,
+        default="auto",
+        help="draws per batch, or 'time': one per time step, or 'auto': as many as keep what dropout does (default)",
     )
     command.add_argument("--block", type=_block, default="auto", help="units per block, or auto (default: auto)")
     command.add_argument(

@@ -39,6 +39,8 @@ class SiteReport:
         flops_dense, flops_compact: FLOPs of the matrix products around it, forward and backward, as written and with
             kept units only.
         predicted_speedup: of the region around it, by the device's cost table.
+        draws: draws of a call, each for a chunk of the rows; 0 where the site runs as written, in which every row has
+            a mask of its own.
     """
 
     name: str
@@ -50,6 +52,7 @@ class SiteReport:
     flops_dense: int
     flops_compact: int
     predicted_speedup: float
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,16 +114,25 @@ class Report:
 
     def _table(self) -> Table:
         table = Table(
-            "site", "rate", "drawn\nrate", "pattern", "FLOPs", "compact\nFLOPs", "predicted\nspeed-up", "reason"
+            "site",
+            "rate",
+            "drawn\nrate",
+            "pattern",
+            "draws",
+            "FLOPs",
+            "compact\nFLOPs",
+            "predicted\nspeed-up",
+            "reason",
         )
         for site in self.sites:
-            figures = (f"{site.flops_dense:.2e}", f"{site.flops_compact:.2e}", f"{site.predicted_speedup:.2f}x")
+            known = (f"{site.flops_dense:.2e}", f"{site.flops_compact:.2e}", f"{site.predicted_speedup:.2f}x")
             table.add_row(
                 site.name,
                 f"{site.rate:g}",
                 f"{site.drawn_rate:.4g}",
                 site.pattern,
-                *(figures if site.rewritten else ("", "", "")),
+                str(site.draws or ""),
+                *(known if site.rewritten else ("", "", "")),
                 site.reason,
             )
         return table
@@ -233,6 +245,7 @@ def _row(site: Site, name: str, options: Options) -> SiteReport:
         flops_dense=site.flops_dense,
         flops_compact=site.flops_compact,
         predicted_speedup=site.predicted_speedup if site.rewritten else 1.0,
+        draws=site.groups if site.rewritten else 0,
     )
 
 
@@ -245,5 +258,5 @@ def _unreached(trial: nn.Module, opaque: dict[str, str]) -> list[SiteReport]:
         above = [p for p in opaque if p == "" or path == p or path.startswith(p + ".")]
         if above:
             reason = f"the forward around it runs as written: {opaque[max(above, key=len)]}"
-            rows.append(SiteReport(path, module.p, module.p, "bernoulli", False, reason, 0, 0, 1.0))
+            rows.append(SiteReport(path, module.p, module.p, "bernoulli", False, reason, 0, 0, 1.0, 0))
     return rows

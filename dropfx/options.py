@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -22,12 +22,17 @@ class Options:
     pattern: Pattern
     lowering: str = "auto"
     min_speedup: float = 1.05
-    groups: int | Literal["time"] = 1
+    groups: int | Literal["auto", "faithful", "time"] = "auto"
 
     @property
     def along_rows(self) -> bool:
         """There are several draws per batch, one for each chunk of the leading axis, whatever that axis is."""
-        return self.groups != "time" and self.groups > 1
+        return isinstance(self.groups, int) and self.groups > 1
+
+    @property
+    def as_needed(self) -> bool:
+        """Each site has as many draws, along its leading axis, as its rows and its rate call for."""
+        return self.groups in ("auto", "faithful")
 
     @property
     def grouped(self) -> bool:
@@ -35,16 +40,20 @@ class Options:
         return self.groups != 1
 
 
-NAMES = ("pattern", "block", "groups", "lowering", "min_speedup")
+NAMES = ("pattern", "block", "groups", "recipe", "lowering", "min_speedup")
+RECIPES: dict[str, Any] = {"fast": 1, "faithful": "faithful"}
+"""Name -> groups."""
+
 LOWERINGS = ("auto", "aten", "triton")
 
 
 def make_options(
     pattern: str | Pattern = "block",
     block: int | str = "auto",
-    groups: int | str = 1,
+    groups: int | str = "auto",
     lowering: str = "auto",
     min_speedup: float = 1.05,
+    recipe: str | None = None,
     *,
     accepted: Sequence[str] = NAMES,
     **unknown: Any,
@@ -59,15 +68,24 @@ def make_options(
         close = difflib.get_close_matches(name, accepted, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InvalidOption(f"unknown option {name!r}, accepted are {', '.join(accepted)}{hint}")
-    if groups != "time" and (type(groups) is not int or groups < 1):
-        raise InvalidOption(f"groups: got {groups!r}, accepted are integers >= 1 (draws per batch) and 'time'")
+    if groups not in ("auto", "time") and (type(groups) is not int or groups < 1):
+        raise InvalidOption(f"groups: got {groups!r}, accepted are 'auto', integers >= 1 (draws per batch) and 'time'")
+    if recipe is not None and recipe not in RECIPES:
+        raise InvalidOption(f"recipe: got {recipe!r}, accepted are {', '.join(map(repr, RECIPES))}")
+    if recipe is not None and groups != "auto":
+        raise InvalidOption(f"recipe: got {recipe!r} together with groups={groups!r}, which it would choose")
     if isinstance(min_speedup, bool) or not isinstance(min_speedup, (int, float)) or not min_speedup >= 0:
         raise InvalidOption(f"min_speedup: got {min_speedup!r}, accepted are numbers >= 0")
     _check_lowering(lowering)
     made = _make_pattern(pattern, block)
-    if groups != 1 and made.drops_weights:
-        raise InvalidOption(f"groups: got {groups!r}, but the whole batch shares the tiles of a weight: accepted is 1")
-    return Options(made, lowering, float(min_speedup), cast(Any, groups))
+    chosen: Any = groups if recipe is None else RECIPES[recipe]
+    if made.drops_weights:
+        if groups not in (1, "auto"):
+            raise InvalidOption(
+                f"groups: got {groups!r}, but the whole batch shares the tiles of a weight: accepted is 1"
+            )
+        chosen = 1
+    return Options(made, lowering, float(min_speedup), chosen)
 
 
 def _make_pattern(pattern: str | Pattern, block: int | str) -> Pattern:

@@ -136,7 +136,7 @@ def _layer(
     gru = call.kind == "gru"
     bias = b_ih if gru or b_ih is None else emit(torch.add, b_ih, b_hh)
     # the inputs are narrower than the gates, or their kept units are; but groups lie along the batch
-    early = call.batch_first and not context.options.along_rows
+    early = call.batch_first and not (context.options.along_rows or context.options.as_needed)
     pre = emit(F.linear, emit("transpose", x, 0, 1) if early else x, w_ih, bias)
     pre = emit("transpose", pre, 0, 1) if call.batch_first and not early else pre
     states: list[fx.Node | None] = [emit("select", state, 0, place) for state in call.states]

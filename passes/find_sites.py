@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
@@ -10,6 +12,7 @@ from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.ops.shared_dropout import shared_dropout
 from dropfx.patterns import PatternRefused
+from dropfx.planning.draw_count import draw_count
 from dropfx.planning.regions import recurrent_weight
 
 _UNBATCHED_RANK = {-2: 3, -3: 4, -4: 5}
@@ -89,10 +92,25 @@ def _groups(site: Site, context: Context) -> int:
     """Draws per call: one per time step of [T, B, units]; in a loop over time steps each call draws anyway."""
     if site.node is not None and drops_recurrent_weight(site.node):
         return 1
-    if context.options.groups != "time":
+    if context.options.as_needed:
+        return _draws_needed(site, context)
+    if isinstance(context.options.groups, int):
         return context.options.groups
     by_step = context.time_axis is not None and site.rank == 3 and site.axis == -1
     return site.leading if by_step and not _lasts(site, context) else 1
+
+
+def _draws_needed(site: Site, context: Context) -> int:
+    """As many as keep what PyTorch's own masks do, of which it draws one for each position before the unit axis."""
+    value = value_of(site.node)
+    assert value is not None
+    lengths = list(value.shape[: value.dim() + site.axis])
+    if site.node is not None and site.node.target is shared_dropout:
+        shared = argument(site.node, 2, "shared")
+        lengths = [length for length, same in zip(lengths, shared, strict=False) if not same]
+        if shared[0]:
+            return 1
+    return draw_count(math.prod(lengths), site.leading, site.rate, str(context.options.groups)) if lengths else 1
 
 
 def _lasts(site: Site, context: Context) -> bool:

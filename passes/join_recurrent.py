@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from dropfx import ops
-from dropfx.graph.nodes import argument, value_of
+from dropfx.graph.nodes import argument, insert, op_name, value_of
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.planning.fused_rnn import in_one_piece
 
@@ -40,17 +40,25 @@ def _keeps_weight(node: fx.Node) -> bool:
 
 
 class _Inputs(NamedTuple):
-    """What the product of the inputs reads; `cols`: the kept columns of its weight."""
+    """What the product of the inputs reads.
+
+    Attributes:
+        cols: the kept columns of its weight.
+        turned: it has the batch first, and the recurrence reads its transpose.
+    """
 
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     cols: ops.Kept | None
+    turned: bool
 
 
 def _inputs(node: fx.Node) -> _Inputs | None:
     """None where others read the product too, or it is not one product for all rows."""
     linear = cast(fx.Node, node.args[1])
+    turned = op_name(linear) == "transpose" and set(linear.args[1:]) == {0, 1} and len(linear.users) == 1
+    linear = cast(fx.Node, linear.args[0]) if turned else linear
     if len(linear.users) > 1:
         return None
     if linear.target is ops.linear_op:
@@ -62,13 +70,15 @@ def _inputs(node: fx.Node) -> _Inputs | None:
         cols = None
     else:
         return None
-    return _Inputs(x, weight, bias, cols)
+    return _Inputs(x, weight, bias, cols, turned)
 
 
 def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
     graph, reverse = node.graph, node.args[8]
     device = cast(torch.Tensor, value_of(node.args[1])).device
     with graph.inserting_before(node):
+        if inputs.turned:
+            inputs = inputs._replace(x=insert(graph, torch.transpose, (inputs.x, 0, 1), like=inputs.x))
         biases = _biases(graph, inputs.bias, node.args[5])
         if device.type == "cpu" and not context.eager:
             results = _one_dnn(node, inputs, biases)

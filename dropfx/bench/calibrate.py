@@ -17,6 +17,7 @@ from dropfx.bench import harness
 from dropfx.bench.training import mlp
 from dropfx.errors import DropfxError
 from dropfx.graph.device_costs import DEVICES, DeviceCosts, keep
+from dropfx.ops.products import scaled_mm
 from dropfx.planning.timing import Step, seconds
 
 _REPEATS = 9
@@ -50,6 +51,7 @@ def calibrate() -> DeviceCosts:
             launch=written / _LAUNCHES,
             gathered=max((compiled - written - 2 * draw) / 3, written / _LAUNCHES),
             draw=draw,
+            packed=_packed(),
             fused=DEVICES["cpu"].fused,
         )
 
@@ -63,6 +65,12 @@ def _flops(dtype: torch.dtype, size: int = 1024) -> float:
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / _median(lambda: torch.mm(a, b, out=out))
+
+
+def _packed(rows: int = 256, size: int = 1024) -> float:
+    """Of products that `ops.products` gives to oneDNN; 1 where they are no faster."""
+    a, b = torch.randn(rows, size), torch.randn(size, size)
+    return max(_median(lambda: torch.mm(a, b)) / _median(lambda: scaled_mm(a, b, 1.0)), 1.0)
 
 
 def _bytes(size: int = 2**24) -> float:
@@ -95,6 +103,7 @@ _SHOWN: dict[str, tuple[str, Callable[[DeviceCosts], float]]] = {
     "products, float32": ("GFLOP/s", lambda costs: costs.flops[4] / 1e9),
     "products, float64": ("GFLOP/s", lambda costs: costs.flops[8] / 1e9),
     "products, bfloat16": ("GFLOP/s", lambda costs: costs.flops[2] / 1e9),
+    "products by oneDNN, more": ("times", lambda costs: costs.packed),
     "memory": ("GB/s", lambda costs: costs.bytes / 1e9),
     "random numbers": ("million/s", lambda costs: costs.random / 1e6),
     "an operation": ("us", lambda costs: costs.launch * 1e6),

@@ -26,9 +26,10 @@ def compile(
     *,
     pattern: str | Pattern = "block",
     block: int | str = "auto",
-    groups: int | str = 1,
+    groups: int | str = "auto",
     lowering: str = "auto",
     min_speedup: float = 1.05,
+    recipe: str | None = None,
     example_inputs: tuple[Any, ...] | list[Any] | Tensor = (),
     example_kwargs: dict[str, Any] | None = None,
     **unknown: Any,
@@ -45,12 +46,14 @@ def compile(
             of the Linears after a dropout, in place of units (structured DropConnect), and tiles of weights that the
             model itself drops.
         block: units per block, or "auto".
-        groups: draws per batch. 1: all samples share one draw. G: the batch is cut along its first axis into G chunks,
-            as torch.tensor_split does it, and each has its own draw. "time": each time step of a recurrent network has
-            its own draw.
+        groups: draws per batch. "auto": as many as keep what PyTorch's dropout does, by a rule of rows and rate
+            (docs/patterns.md), chosen for each dropout when its graph is made. 1: all samples share one draw. G: the
+            batch is cut along its first axis into G chunks, as torch.tensor_split does it, and each has its own draw.
+            "time": each time step of a recurrent network has its own draw.
         lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
             in Triton's interpreter; "auto" times both on a GPU, once per shape, and is "aten" elsewhere.
         min_speedup: a site whose predicted speed-up is lower runs as written; 0 rewrites every site that can be.
+        recipe: "fast" for one draw a batch, "faithful" for four times as many draws as "auto"; in place of `groups`.
         example_inputs: inputs of a training call, to capture the model now; without them its first training call does.
         example_kwargs: keyword inputs of that call.
 
@@ -62,7 +65,7 @@ def compile(
     """
     if example_kwargs is not None and not isinstance(example_kwargs, dict):
         raise InvalidInput(f"example_kwargs: got {type(example_kwargs).__name__}, accepted is a dict of keyword inputs")
-    options = make_options(pattern, block, groups, lowering, min_speedup, **unknown)
+    options = make_options(pattern, block, groups, lowering, min_speedup, recipe, **unknown)
     check_model(model)
     if not may_drop(model):
         warnings.warn(NOTHING_DROPS, NoDropoutWarning, stacklevel=2)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dropfx.graph import machine_files
+from dropfx.ops.products import LEAST_WORK
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class DeviceCosts:
         launch: fixed time of one operation, seconds.
         gathered: fixed time of a gathered operation beyond that of PyTorch's own, forward and backward, in eager code.
         draw: fixed time of a site's draw.
+        packed: how many times faster than `flops` large float32 products are by oneDNN: those of gathered weights, and
+            those of recurrent layers in one piece.
         fused: share of the library's product rate at which a product with a gather runs. Assumed, not measured; it
             decides only where no measurement can.
     """
@@ -37,6 +40,7 @@ class DeviceCosts:
     launch: float
     gathered: float = 0.0
     draw: float = 0.0
+    packed: float = 1.0
     fused: float = 0.8
 
     def gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
@@ -44,6 +48,11 @@ class DeviceCosts:
         arithmetic = 2 * m * n * k / self.flops.get(itemsize, self.flops[4])
         traffic = (m * k + k * n + m * n) * itemsize / self.bytes
         return self.launch + max(arithmetic, traffic)
+
+    def packed_gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
+        """Seconds of a product as `ops.products` makes it: by oneDNN where that is faster."""
+        time = self.gemm(m, n, k, itemsize)
+        return self.launch + (time - self.launch) / self.packed if itemsize == 4 and m * n * k >= LEAST_WORK else time
 
     def move(self, elements: float, itemsize: int = 4, passes: float = 2.0) -> float:
         """Seconds to stream `elements`, by default read once and written once."""
@@ -56,7 +65,13 @@ class DeviceCosts:
 
 DEVICES: dict[str, DeviceCosts] = {
     "cpu": DeviceCosts(
-        flops={4: 1.0e11, 8: 5.0e10, 2: 5.0e10}, bytes=2.0e10, random=2.5e8, launch=1.2e-5, gathered=1e-4, draw=2.5e-5
+        flops={4: 1.4e11, 8: 7.0e10, 2: 7.0e10},
+        bytes=2.0e10,
+        random=2.5e8,
+        launch=1.2e-5,
+        gathered=1e-4,
+        draw=2.5e-5,
+        packed=1.3,
     ),
     "cuda": DeviceCosts(flops={4: 5.0e13, 8: 3.0e13, 2: 6.0e14}, bytes=3.0e12, random=5.0e11, launch=5e-6),
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LEAST_WORK = 1 << 24
+LEAST_WORK = 1 << 24
 """Multiplications from which on a product is oneDNN's: the call takes 30 us, and the first one of a shape .5 ms."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -24,7 +24,7 @@ def _for_one_dnn(a: Tensor, b: Tensor) -> bool:
     return (
         type(a) in _PLAIN  # a compiler's has sizes that are not to be asked
         and type(b) in _PLAIN
-        and a.size(0) * b.numel() >= _LEAST_WORK
+        and a.size(0) * b.numel() >= LEAST_WORK
         and a.dtype is b.dtype is torch.float32
         and a.device.type == "cpu"
         and a.is_contiguous()

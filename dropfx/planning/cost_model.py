@@ -83,7 +83,10 @@ def _labels(
             keep_in = keep
         else:
             keep_out = keep
-        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
+        kept = _linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)
+        if node in region.sinks and groups > 1:
+            kept += _no_longer_in_one_piece(node, costs)
+        return _nanoseconds(kept), _nanoseconds(dense)
     if node.target is ops.recurrence_op:
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
@@ -126,12 +129,22 @@ def _linear(
     """Seconds of its products; of what is gathered, its part where as many as `sharing` share it."""
     m, n, k, products = linear_products(node)
     if keep_in == keep_out == 1:
-        return products * costs.gemm(m, n, k, itemsize)
-    kept = n * k * keep_in * keep_out
-    # a product a group; gather of the weight, for several groups again in backward; scatter of its gradient
-    time = costs.gathered + groups * products * costs.gemm(m / groups, n * keep_out, k * keep_in, itemsize)
-    moved = groups * ((1 if groups == 1 else 2) * costs.move(kept, itemsize) + costs.move(kept, itemsize))
-    return time + (moved + costs.move(n * k, itemsize, 1)) / sharing  # zeros
+        gemm = costs.packed_gemm if _in_one_piece(node) is not None else costs.gemm
+        return products * gemm(m, n, k, itemsize)
+    rows, columns, size = n * keep_out, k * keep_in, n * k * keep_in * keep_out
+    # forward and input gradient: a product a group, with a gathered weight, which several groups gather again
+    gathered = (1 if groups == 1 else products - 1) * costs.move(size, itemsize)
+    read = (products - 1) * costs.packed_gemm(m / groups, rows, columns, itemsize)
+    added = costs.gemm(m / groups, rows, columns, itemsize) + costs.move(size, itemsize, 2 if groups == 1 else _ADDED)
+    dense = costs.move(n * k, itemsize, 1)  # zeros
+    written = groups * added + dense / sharing
+    if groups > 1:
+        written = min(written, costs.gemm(m, n, k, itemsize))
+    return costs.gathered + groups * (read + gathered / sharing) + written
+
+
+_ADDED = 5
+"""Values read and written for each that a group adds to the gradient of a weight, whose runs are short."""
 
 
 _CALLS_A_STEP = 15
@@ -156,10 +169,41 @@ def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[flo
     def products(share: float) -> float:
         return steps * 2 * costs.gemm(batch, n, k * share, itemsize) + costs.gemm(n, k * share, rows, itemsize)
 
-    own = steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), itemsize, _PASSES_A_STEP)
+    whole = products(1.0)
+
+    own = _own_steps(node, costs)
     # each step gathers of the state and scatters into its gradient; the kept weight is copied, its gradient put
     moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
-    return products(1.0) + (0 if notes(node).get("one_piece") else own), products(keep) + own + moved
+    return whole / costs.packed if notes(node).get("one_piece") else whole + own, products(keep) + own + moved
+
+
+def _own_steps(recurrence: fx.Node, costs: DeviceCosts) -> float:
+    """Seconds that its steps take by our own code, beyond their products."""
+    pre, state, weight = (value_of(recurrence.args[place]) for place in (1, 2, 4))
+    assert pre is not None
+    assert state is not None
+    assert weight is not None
+    rows = pre.numel() // pre.size(-1)
+    steps = math.ceil(rows / max(state.size(0), 1))
+    return steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), pre.element_size(), _PASSES_A_STEP)
+
+
+def _in_one_piece(linear: fx.Node) -> fx.Node | None:
+    """The recurrence of which the product is part, where PyTorch has it fused."""
+    user = next(iter(linear.users), None)
+    if user is not None and op_name(user) == "transpose":
+        user = next(iter(user.users), None)
+    fused = user is not None and user.target is ops.recurrence_op and notes(user).get("one_piece")
+    return user if fused else None
+
+
+def _no_longer_in_one_piece(linear: fx.Node, costs: DeviceCosts) -> float:
+    """Seconds that a recurrence takes longer if its inputs are several groups, whose product no fused one takes."""
+    user = _in_one_piece(linear)
+    if user is None:
+        return 0.0
+    whole, _ = recurrent_times(user, 1.0, costs)
+    return whole * (costs.packed - 1) + _own_steps(user, costs)
 
 
 def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
@@ -191,10 +235,9 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     keep_in, keep_out = kept_share(reads, context), kept_share(makes, context)
     if op_name(node) == "linear" and _is_matrix(node):
         groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
-        return (
-            _linear(node, 1.0, 1.0, costs, itemsize),
-            _linear(node, keep_in, keep_out, costs, itemsize, groups),
-        )
+        own = _no_longer_in_one_piece(node, costs) if reads is not None and groups > 1 else 0.0
+        kept = own + _linear(node, keep_in, keep_out, costs, itemsize, groups)
+        return _linear(node, 1.0, 1.0, costs, itemsize), kept
     if node.target is ops.recurrence_op:
         as_written, kept = recurrent_times(node, keep_in, costs)
         return as_written, kept if reads is not None else as_written
