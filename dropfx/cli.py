@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dropfx import bench
 from dropfx.bench import calibrate, demo
+from dropfx.bench.arguments import groups
 from dropfx.errors import DropfxError, InvalidOption
 from dropfx.explain import explain
 from dropfx.pattern_statistics import picture
@@ -115,10 +116,6 @@ def _block(text: str) -> str:
     return text
 
 
-def _groups(text: str) -> int | str:
-    return text if text in ("auto", "time") else int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dropfx", description="Stop paying for what dropout drops.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -164,7 +161,7 @@ def _model_command(commands: Any, name: str, text: str) -> argparse.ArgumentPars
     command.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
     command.add_argument(
         "--groups",
-        type=_groups,
+        type=groups,
         default="auto",
         help="draws per batch, or 'time': one per time step, or 'auto': as many as keep what dropout does (default)",
     )

@@ -220,7 +220,7 @@ def parse():
     parser.add_argument("--p", type=float, default=0.5, help="drop rate (default: .5)")
     parser.add_argument("--dropout-impl", choices=("bernoulli", "dropfx", "none"), default="dropfx")
     parser.add_argument("--pattern", default="block", help="block, slice, row or tile (default: block)")
-    parser.add_argument("--groups", default="1", help="draws per batch, or time: one per time step (default: 1)")
+    parser.add_argument("--groups", default="auto", help="draws per batch, time, or auto (default: auto)")
     parser.add_argument("--batch", **positive(20))
     parser.add_argument("--steps", **positive(35))
     parser.add_argument("--epochs", **positive(13))

@@ -16,6 +16,11 @@ def add_malloc(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def groups(text: str) -> int | str:
+    """Draws a batch, as `dropfx.compile` takes them."""
+    return text if text in ("auto", "time") else positive(text)
+
+
 def net(text: str) -> tuple[int, ...]:
     """Layer sizes from `784-2048-2048-10`: input, one or more hidden, output."""
     try:

@@ -77,22 +77,22 @@ def paired_loss(reference: Sequence[float], accuracy: Sequence[float]) -> Loss:
 
 
 def options_of(variant: str) -> dict[str, Any] | None:
-    """Options of `dropfx.compile` for a variant: a pattern's name, with `:N` for max_period N, `@G` for G groups or
-    `@time`; None for `none` and `bernoulli`.
+    """Options of `dropfx.compile` for a variant: a pattern's name, with `:N` for max_period N, `@G` for G groups,
+    `@time` or `@auto`; None for `none` and `bernoulli`.
 
     Raises:
         InvalidOption: unknown pattern, or a period or groups that are no numbers.
     """
     if variant in (NONE, BERNOULLI):
         return None
-    found = re.fullmatch(r"(\w+)(?::(\d+))?(?:@(\d+|time))?", variant)
+    found = re.fullmatch(r"(\w+)(?::(\d+))?(?:@(\d+|time|auto))?", variant)
     if found is None or found[1] not in patterns.BY_NAME or (found[2] and found[1] not in _LATTICES):
         raise InvalidOption(
             f"variant: got {variant!r}, accepted are {NONE}, {BERNOULLI}, {', '.join(patterns.BY_NAME)},"
-            " such as block@4 and block@time (groups), row:2 (period)"
+            " such as block@4, block@time and block@auto (groups), row:2 (period)"
         )
     pattern = _LATTICES[found[1]](max_period=int(found[2])) if found[2] else found[1]
-    groups = found[3] if found[3] == "time" else int(found[3] or 1)
+    groups = found[3] if found[3] in ("time", "auto") else int(found[3] or 1)
     # every site is rewritten, whether it pays or not: what is compared is accuracy
     return {"pattern": pattern, "groups": groups, "min_speedup": 0}
 

@@ -6,7 +6,7 @@ import argparse
 import copy
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Result:
     ceiling_drawn: float
     drawn_rates: list[float]
     rewritten: int
+    draws: list[int]
     peak_bytes: dict[str, int]
     ratio_system_malloc: Ratio | None = None
 
@@ -91,18 +92,18 @@ def measure_all(cases: Sequence[Case], args: argparse.Namespace, console: Consol
     results = []
     for number, case in enumerate(cases):
         status.update(f"{number + 1}/{len(cases)}: {case.net}, batch {case.batch}, p={case.rate}")
-        results.append(measure(case, args.pattern, baselines or [EAGER], args.rounds))
+        results.append(measure(case, options_of(args), baselines or [EAGER], args.rounds))
     if malloc.is_tuned():
         status.update("short run with the system's malloc settings")
-        _add_system_ratios(results, args.pattern, min(args.rounds, _SHORT_ROUNDS))
+        _add_system_ratios(results, options_of(args), min(args.rounds, _SHORT_ROUNDS))
     return results
 
 
-def measure(case: Case, pattern: str, baselines: Sequence[str], rounds: int) -> Result:
+def measure(case: Case, options: Mapping[str, Any], baselines: Sequence[str], rounds: int) -> Result:
     """Times and memory of one case; every candidate starts from the same weights and sees the same batch."""
     torch.manual_seed(0)
     work = case.workload()
-    sites = dropfx.explain(work.model, *work.inputs, options={"pattern": pattern}).sites
+    sites = dropfx.explain(work.model, *work.inputs, options=dict(options)).sites
     drawn = [float(site.drawn_rate) for site in sites]
 
     steps: dict[str, Step] = {}
@@ -111,7 +112,7 @@ def measure(case: Case, pattern: str, baselines: Sequence[str], rounds: int) -> 
     with torch._dynamo.config.patch(allow_rnn=False):
         for name in (*baselines, DROPFX):
             model = copy.deepcopy(work.model)
-            step = work.make_step(_runnable(name, model, pattern), model)
+            step = work.make_step(_runnable(name, model, options), model)
             step(), step()
             model.zero_grad(set_to_none=True)
             peaks[name] = harness.peak_memory(step)
@@ -127,24 +128,30 @@ def measure(case: Case, pattern: str, baselines: Sequence[str], rounds: int) -> 
         ceiling_drawn=case.ceiling(drawn),
         drawn_rates=drawn,
         rewritten=sum(bool(site.rewritten) for site in sites),
+        draws=[site.draws for site in sites],
         peak_bytes=peaks,
     )
 
 
-def _runnable(name: str, model: nn.Module, pattern: str) -> Callable[..., Any]:
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `dropfx.compile` that the command line gives."""
+    return {"pattern": args.pattern, "groups": args.groups}
+
+
+def _runnable(name: str, model: nn.Module, options: Mapping[str, Any]) -> Callable[..., Any]:
     if name == COMPILED:
         return torch.compile(model)
-    return dropfx.compile(model, pattern=pattern) if name == DROPFX else model
+    return dropfx.compile(model, **options) if name == DROPFX else model
 
 
-def measure_ratios(jobs: Sequence[tuple[Case, str]], pattern: str, rounds: int) -> list[Ratio]:
+def measure_ratios(jobs: Sequence[tuple[Case, str]], options: Mapping[str, Any], rounds: int) -> list[Ratio]:
     """Each case's ratio against the one baseline named beside it."""
-    return [measure(case, pattern, [baseline], rounds).ratio for case, baseline in jobs]
+    return [measure(case, options, [baseline], rounds).ratio for case, baseline in jobs]
 
 
-def _add_system_ratios(results: list[Result], pattern: str, rounds: int) -> None:
+def _add_system_ratios(results: list[Result], options: Mapping[str, Any], rounds: int) -> None:
     jobs = [(result.case, result.ratio.baseline) for result in results]
-    ratios = malloc.in_fresh_process(False, measure_ratios, jobs, pattern, rounds)
+    ratios = malloc.in_fresh_process(False, measure_ratios, jobs, options, rounds)
     for result, ratio in zip(results, ratios, strict=True):
         result.ratio_system_malloc = ratio
 
@@ -156,6 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, rounds: int) -> No
         "--rounds", type=arguments.positive, default=rounds, help=f"rounds of turns (default: {rounds})"
     )
     parser.add_argument("--pattern", default="block", help="pattern of dropfx.compile (default: block)")
+    parser.add_argument(
+        "--groups", type=arguments.groups, default="auto", help="draws a batch, time or auto (default: auto)"
+    )
     parser.add_argument(
         "--baselines",
         nargs="+",

@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dropfx.bench import report
+from dropfx.bench.steps import Result, options_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from dropfx.bench.steps import Result
 
 _MIB = 2**20
 
@@ -46,7 +45,7 @@ def show_and_write(
         console.print(table)
     console.print(report.describe(report.machine()), highlight=False)
     folder = Path(args.out)
-    content = {"pattern": args.pattern, "cases": [asdict(result) for result in results], **extra}
+    content = {"options": options_of(args), "cases": [asdict(result) for result in results], **extra}
     report.write_json(folder / f"{name}.json", content)
     report.write_markdown(folder / f"{name}.md", *tables)
     count, draw = panels(results, paper)
@@ -73,15 +72,16 @@ def time_table(results: Sequence[Result]) -> Table:
 def ceiling_table(results: Sequence[Result], paper: Paper | None = None) -> Table:
     """FLOP ceilings of the asked and the drawn rate, the share that is reached, the ratio with malloc's defaults.
 
-    `sites` are the dropouts that are rewritten, and all.
+    `sites` are the dropouts that are rewritten, and all; `draws` how many each of them has a batch.
     """
-    headings = ("sites", "FLOP\nceiling", "share", "drawn p", "drawn\nceiling", "default\nmalloc")
+    headings = ("sites", "draws", "FLOP\nceiling", "share", "drawn p", "drawn\nceiling", "default\nmalloc")
     table = _table("Share of the FLOP ceiling, and speed-up with malloc's defaults", *headings)
     table.caption = paper.text if paper else None
     for result in results:
         table.add_row(
             *_case(result),
             f"{result.rewritten}/{len(result.drawn_rates)}",
+            "/".join(str(draws) for draws in dict.fromkeys(result.draws) if draws),
             _times(result.ceiling),
             f"{result.ratio.median / result.ceiling:.0%}",
             "/".join(f"{rate:.3f}" for rate in dict.fromkeys(result.drawn_rates)),

@@ -133,7 +133,7 @@ def test_torch_compile_is_measured_as_its_user_gets_it():
             return steps.Workload(work.model, work.inputs, make_step)
 
     with torch._dynamo.config.patch(allow_rnn=True):
-        result = steps.measure(Case(16, 50, 4, 0.5, window=5), "block", ["eager"], rounds=1)
+        result = steps.measure(Case(16, 50, 4, 0.5, window=5), {"pattern": "block"}, ["eager"], rounds=1)
         assert torch._dynamo.config.allow_rnn
     assert seen == {False}
     assert len(result.drawn_rates) == 3

@@ -49,6 +49,15 @@ def test_bad_groups(groups: object) -> None:
     refused((ValueError, TypeError), "groups", groups=groups)
 
 
+@pytest.mark.parametrize("recipe", ["slow", "", 1, True])
+def test_bad_recipe(recipe: object) -> None:
+    refused((ValueError, TypeError), "recipe", recipe=recipe)
+
+
+def test_recipe_in_place_of_groups() -> None:
+    refused((ValueError, TypeError), "recipe", recipe="fast", groups=4)
+
+
 @pytest.mark.parametrize("lowering", ["cuda", "", None, 1])
 def test_bad_lowering(lowering: object) -> None:
     refused((ValueError, TypeError), "lowering", lowering=lowering)
