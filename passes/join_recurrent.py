@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dropfx import ops
 from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.planning.fused_rnn import in_one_piece
 
@@ -78,7 +79,7 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
     device = cast(torch.Tensor, value_of(node.args[1])).device
     with graph.inserting_before(node):
         if inputs.turned:
-            inputs = inputs._replace(x=insert(graph, torch.transpose, (inputs.x, 0, 1), like=inputs.x))
+            inputs = inputs._replace(x=_turned(inputs.x))
         biases = _biases(graph, inputs.bias, node.args[5])
         if device.type == "cpu" and not context.eager:
             results = _one_dnn(node, inputs, biases)
@@ -93,6 +94,14 @@ def _join(node: fx.Node, inputs: _Inputs, context: Context) -> None:
         user.replace_all_uses_with(results[cast(int, user.args[1])])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _turned(x: fx.Node) -> fx.Node:
+    """x [B, T, *] with the steps first."""
+    turned, value = insert(x.graph, torch.transpose, (x, 0, 1), like=x), value_of(x)
+    if value is not None:
+        notes(turned)["val"] = value.transpose(0, 1)
+    return turned
 
 
 def _one_dnn(node: fx.Node, inputs: _Inputs, biases: list[fx.Node]) -> list[fx.Node]:

@@ -30,7 +30,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "testing": ("errors", "graph", "draws", "ops", "frontend", "explain"),
     "pattern_statistics": ("errors", "patterns", "draws"),
     "pickles": (),
-    "bench": ("errors", "patterns", "graph", "planning", "frontend", "dropfx"),
+    "bench": ("errors", "patterns", "graph", "planning", "ops", "frontend", "dropfx"),
     "cli": ("errors", "explain", "testing", "pattern_statistics", "bench"),
     "__main__": ("cli",),
     "dropfx": ("errors", "patterns", "pickles", "draws", "frontend", "explain", "testing", "pattern_statistics"),

@@ -51,8 +51,10 @@ class DeviceCosts:
 
     def packed_gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
         """Seconds of a product as `ops.products` makes it: by oneDNN where that is faster."""
-        time = self.gemm(m, n, k, itemsize)
-        return self.launch + (time - self.launch) / self.packed if itemsize == 4 and m * n * k >= LEAST_WORK else time
+        if itemsize != 4 or m * n * k < LEAST_WORK:
+            return self.gemm(m, n, k, itemsize)
+        # the weight is laid out anew at each call, which few rows do not hide
+        return self.launch + 2 * m * n * k / self.flops[4] / self.packed + n * k * itemsize / 2 / self.bytes
 
     def move(self, elements: float, itemsize: int = 4, passes: float = 2.0) -> float:
         """Seconds to stream `elements`, by default read once and written once."""

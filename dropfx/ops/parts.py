@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from dropfx.ops.runs import GatheredWeight, gather, scatter, stored_transposed
 
 _STACKED = 1 << 26
 """Multiplications of a group's product up to which a stack is faster than one product after another."""
+
+_STACK_SIZE = 1 << 19
+"""Weights, inputs or outputs that all groups of a stack have together, unless W itself has more: bounds memory."""
 
 _PARTS = 4
 """A compact weight gradient is made and scattered in parts of at most the dense one's size over this: bounds memory."""
@@ -171,15 +174,21 @@ class Parts:
     def product(self, x: Tensor, bias: Tensor | None, gathered: Iterable[Tensor], scale: float) -> Tensor:
         """y [M, N'] by the kept weights."""
         return _joined(
-            part.product(x[part.low : part.high], compact, bias, scale)
-            for part, compact in zip(self._each, gathered, strict=True)
+            (
+                part.product(x[part.low : part.high], compact, bias, scale)
+                for part, compact in zip(self._each, gathered, strict=True)
+            ),
+            len(x),
         )
 
     def input_gradient(self, dy: Tensor, gathered: Iterable[Tensor], scale: float) -> Tensor:
         """dX [M, K'] by the kept weights."""
         return _joined(
-            part.input_gradient(dy[part.low : part.high], compact, scale)
-            for part, compact in zip(self._each, gathered, strict=True)
+            (
+                part.input_gradient(dy[part.low : part.high], compact, scale)
+                for part, compact in zip(self._each, gathered, strict=True)
+            ),
+            len(dy),
         )
 
     def weight_gradient(self, dy: Tensor, x: Tensor, scale: float) -> Tensor:
@@ -224,19 +233,33 @@ _ADDED, _ADDED_RUN = 5e-10, 1.8e-8
 """Seconds for each element, and each run of them, that is added to the weight's gradient."""
 
 
-def _joined(parts: Iterable[Tensor]) -> Tensor:
-    found = list(parts)
-    return found[0] if len(found) == 1 else torch.cat(found)
+def _joined(parts: Iterable[Tensor], count: int) -> Tensor:
+    """All rows of what the parts made, one after another: never all twice in memory, where no derivative is taken."""
+    made = iter(parts)
+    first = next(made)
+    if len(first) == count:
+        return first
+    if torch.is_grad_enabled():
+        return torch.cat([first, *made])
+    out, done = first.new_empty(count, first.size(1)), 0
+    for part in chain([first], made):
+        out[done : done + len(part)] = part
+        done += len(part)
+    return out
 
 
 def _cut(count: int, weight: Tensor, rows: Kept | None, cols: Kept | None) -> Sequence[Single | Stack]:
     if not any(kept is not None and kept.grouped for kept in (rows, cols)):
         return [Single(0, count, weight, rows, cols)]
     found = pieces(count, rows, cols)
-    if not _may_stack(found[0], weight):
+    n, k = _kept_sizes(found[0], weight)
+    m = found[0].high - found[0].low
+    if not 0 < m * n * k < _STACKED:
         return [_single(piece, weight) for piece in found]
-    equal = (list(run) for _, run in groupby(found, lambda piece: piece.high - piece.low))
-    return [Stack(run, weight) if len(run) > 1 else _single(run[0], weight) for run in equal]
+    most = max(max(weight.numel(), _STACK_SIZE) // max(n * k, m * n, m * k), 1)
+    runs = [list(run) for _, run in groupby(found, lambda piece: piece.high - piece.low)]
+    stacks = [run[first : first + most] for run in runs for first in range(0, len(run), most)]
+    return [Stack(stack, weight) if len(stack) > 1 else _single(stack[0], weight) for stack in stacks]
 
 
 def _single(piece: Piece, weight: Tensor) -> Single:
@@ -244,14 +267,13 @@ def _single(piece: Piece, weight: Tensor) -> Single:
     return Single(piece.low, piece.high, weight, rows, cols)
 
 
-def _may_stack(piece: Piece, weight: Tensor) -> bool:
-    """Whether products are small, and what is kept of each axis are runs of the same length that the axis has whole."""
-    kept = [
-        None if axis is None else axis.width if axis.whole_runs(size) else 0
+def _kept_sizes(piece: Piece, weight: Tensor) -> tuple[int, int]:
+    """N' and K'; 0 where a group keeps anything but whole runs, which an axis divides into."""
+    n, k = (
+        size if axis is None else axis.width if axis.whole_runs(size) else 0
         for axis, size in zip(piece.kept, weight.shape, strict=True)
-    ]
-    sizes = [size if width is None else width for width, size in zip(kept, weight.shape, strict=True)]
-    return weight.is_contiguous() and 0 < (piece.high - piece.low) * math.prod(sizes) < _STACKED
+    )
+    return (n, k) if weight.is_contiguous() else (0, 0)
 
 
 def _weight_gradient(dense: Tensor | None, dy: Tensor, x: Tensor, kept: GatheredWeight, scale: float) -> Tensor:

@@ -14,8 +14,8 @@ import math
 ROWS_PER_DRAW = {"auto": 88.0, "faithful": 22.0}
 """Largest R/D * p/(1-p), by the name that asks for it."""
 
-MOST = 16
-"""Draws beyond which a call costs more than the rest of the noise matters: 1/16 of that of one draw is left."""
+MOST = {"auto": 8, "faithful": 32}
+"""Draws beyond which another one costs more than the noise that it takes away: of one draw's, 1/8 is left."""
 
 
 def draw_count(rows: int, leading: int, rate: float, asked: str) -> int:
@@ -29,6 +29,6 @@ def draw_count(rows: int, leading: int, rate: float, asked: str) -> int:
     """
     needed = rows * rate / (1 - rate) / ROWS_PER_DRAW[asked]
     draws = 2 ** math.ceil(math.log2(needed)) if needed > 1 else 1
-    while draws > min(MOST, max(leading, 1)):
+    while draws > min(MOST[asked], max(leading, 1)):
         draws //= 2
     return draws

@@ -100,7 +100,9 @@ def test_equal_groups_are_one_stack_and_others_two() -> None:
     assert [count(8, 4), count(7, 3), count(7, 6)] == [1, 2, 2]
 
 
-@pytest.mark.parametrize(("rows", "groups", "at_once"), [(128, 2, False), (128, 8, True), (700, 2, False), (700, 8, True)])
+@pytest.mark.parametrize(
+    ("rows", "groups", "at_once"), [(128, 2, False), (128, 8, True), (700, 2, False), (700, 8, True)]
+)
 def test_many_groups_of_few_rows_make_the_weight_gradient_at_once(rows: int, groups: int, at_once: bool) -> None:
     """Of a weight [2600, 650] whose columns are kept in runs of 13; of one [2048, 2048] in runs of 64, both sides."""
     wide = rows == 128
