@@ -173,23 +173,15 @@ class Parts:
 
     def product(self, x: Tensor, bias: Tensor | None, gathered: Iterable[Tensor], scale: float) -> Tensor:
         """y [M, N'] by the kept weights."""
-        return _joined(
-            (
-                part.product(x[part.low : part.high], compact, bias, scale)
-                for part, compact in zip(self._each, gathered, strict=True)
-            ),
-            len(x),
-        )
+        each = iter(gathered)  # by `next`, so that no kept weight outlives its product
+        found = (part.product(x[part.low : part.high], next(each), bias, scale) for part in self._each)
+        return _joined(found, len(x))
 
     def input_gradient(self, dy: Tensor, gathered: Iterable[Tensor], scale: float) -> Tensor:
         """dX [M, K'] by the kept weights."""
-        return _joined(
-            (
-                part.input_gradient(dy[part.low : part.high], compact, scale)
-                for part, compact in zip(self._each, gathered, strict=True)
-            ),
-            len(dy),
-        )
+        each = iter(gathered)
+        found = (part.input_gradient(dy[part.low : part.high], next(each), scale) for part in self._each)
+        return _joined(found, len(dy))
 
     def weight_gradient(self, dy: Tensor, x: Tensor, scale: float) -> Tensor:
         """dW [N, K], stored as the weight is."""

@@ -16,16 +16,27 @@ class Fault(NamedTuple):
 
 FAULTS = (
     # -- ops
-    Fault("dropfx/ops/linear.py", "alpha=scale, out=compact", "alpha=1.0, out=compact", "ops"),
-    Fault("dropfx/ops/linear.py", "in reversed(list(enumerate(starts)))", "in list(enumerate(starts))", "ops"),
-    Fault("dropfx/ops/linear.py", "dense[:end].zero_()", "pass", "ops"),
-    Fault("dropfx/ops/linear.py", "db = grad.sum(0).to(kept.dtype)", "db = grad.mean(0).to(kept.dtype)", "ops"),
+    Fault("dropfx/ops/parts.py", "alpha=scale, out=compact", "alpha=1.0, out=compact", "ops"),
+    Fault("dropfx/ops/parts.py", "in reversed(list(enumerate(starts)))", "in list(enumerate(starts))", "ops"),
+    Fault("dropfx/ops/parts.py", "dense[:end].zero_()", "pass", "ops"),
+    Fault("dropfx/ops/parts.py", "dy.sum(0).to(self._kept.dtype)", "dy.mean(0).to(self._kept.dtype)", "ops"),
     Fault(
-        "dropfx/ops/linear.py",
-        "return scaled_mm(grad, compact.to(grad.dtype), scale)",
-        "return scaled_mm(grad, compact.to(grad.dtype), 1.0)",
+        "dropfx/ops/parts.py",
+        "return scaled_mm(dy, compact.to(dy.dtype), scale)",
+        "return scaled_mm(dy, compact.to(dy.dtype), 1.0)",
         "ops",
     ),
+    Fault("dropfx/ops/parts.py", "self._by_group(dy).sum(1)", "self._by_group(dy).mean(1)", "ops"),
+    Fault("dropfx/ops/parts.py", "tiles.index_add_(0", "tiles.index_copy_(0", "ops"),
+    Fault("dropfx/ops/parts.py", "        done += len(part)\n", "", "ops"),
+    Fault(
+        "dropfx/ops/products.py",
+        "and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))",
+        "",
+        "ops/test_products.py",
+    ),
+    Fault("dropfx/ops/products.py", "out.mul_(scale)", "out", "ops/test_products.py"),
+    Fault("dropfx/planning/draw_count.py", "rate / (1 - rate)", "rate", "planning/test_draw_count.py"),
     Fault(
         "dropfx/ops/runs.py",
         "x.narrow(dim, 0, kept.run - tail)], dim)",
@@ -170,8 +181,8 @@ FAULTS = (
     ),
     Fault(
         "dropfx/planning/cost_model.py",
-        "time = costs.gathered + groups",
-        "time = groups",
+        "return costs.gathered + groups * (read",
+        "return groups * (read",
         "planning/test_cost_model.py",
     ),
 )
