@@ -82,7 +82,7 @@ def make_options(
     if made.drops_weights:
         if groups not in (1, "auto"):
             raise InvalidOption(
-                f"groups: got {groups!r}, but the whole batch shares the tiles of a weight: accepted is 1"
+                f"groups: got {groups!r}, but the whole batch shares the tiles of a weight: accepted are 1 and 'auto'"
             )
         chosen = 1
     return Options(made, lowering, float(min_speedup), chosen)

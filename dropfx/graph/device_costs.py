@@ -51,7 +51,7 @@ class DeviceCosts:
 
     def packed_gemm(self, m: float, n: float, k: float, itemsize: int = 4) -> float:
         """Seconds of a product as `ops.products` makes it: by oneDNN where that is faster."""
-        if itemsize != 4 or m * n * k < LEAST_WORK:
+        if self.packed == 1.0 or itemsize != 4 or m * n * k < LEAST_WORK:
             return self.gemm(m, n, k, itemsize)
         # the weight is laid out anew at each call, which few rows do not hide
         return self.launch + 2 * m * n * k / self.flops[4] / self.packed + n * k * itemsize / 2 / self.bytes

@@ -83,10 +83,7 @@ def _labels(
             keep_in = keep
         else:
             keep_out = keep
-        kept = _linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)
-        if node in region.sinks and groups > 1:
-            kept += _no_longer_in_one_piece(node, costs)
-        return _nanoseconds(kept), _nanoseconds(dense)
+        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
     if node.target is ops.recurrence_op:
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
@@ -140,6 +137,7 @@ def _linear(
     written = groups * added + dense / sharing
     if groups > 1:
         written = min(written, costs.gemm(m, n, k, itemsize))
+        written += _no_longer_in_one_piece(node, costs) if keep_in < 1 else 0.0
     return costs.gathered + groups * (read + gathered / sharing) + written
 
 
@@ -169,9 +167,7 @@ def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[flo
     def products(share: float) -> float:
         return steps * 2 * costs.gemm(batch, n, k * share, itemsize) + costs.gemm(n, k * share, rows, itemsize)
 
-    whole = products(1.0)
-
-    own = _own_steps(node, costs)
+    whole, own = products(1.0), _own_steps(node, costs)
     # each step gathers of the state and scatters into its gradient; the kept weight is copied, its gradient put
     moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
     return whole / costs.packed if notes(node).get("one_piece") else whole + own, products(keep) + own + moved
@@ -235,9 +231,10 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     keep_in, keep_out = kept_share(reads, context), kept_share(makes, context)
     if op_name(node) == "linear" and _is_matrix(node):
         groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
-        own = _no_longer_in_one_piece(node, costs) if reads is not None and groups > 1 else 0.0
-        kept = own + _linear(node, keep_in, keep_out, costs, itemsize, groups)
-        return _linear(node, 1.0, 1.0, costs, itemsize), kept
+        return (
+            _linear(node, 1.0, 1.0, costs, itemsize),
+            _linear(node, keep_in, keep_out, costs, itemsize, groups),
+        )
     if node.target is ops.recurrence_op:
         as_written, kept = recurrent_times(node, keep_in, costs)
         return as_written, kept if reads is not None else as_written
