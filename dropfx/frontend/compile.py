@@ -53,7 +53,7 @@ def compile(
         lowering: "aten" copies kept blocks and multiplies by BLAS; "triton" gathers inside of its kernels, on a GPU or
             in Triton's interpreter; "auto" times both on a GPU, once per shape, and is "aten" elsewhere.
         min_speedup: a site whose predicted speed-up is lower runs as written; 0 rewrites every site that can be.
-        recipe: "fast" for one draw a batch, "faithful" for four times as many draws as "auto"; in place of `groups`.
+        recipe: "fast" for one draw a batch, "faithful" for up to four times those of "auto"; in place of `groups`.
         example_inputs: inputs of a training call, to capture the model now; without them its first training call does.
         example_kwargs: keyword inputs of that call.
 
