@@ -19,7 +19,7 @@ from dropfx.ops.gathered_weight import gathered_weight_op, worth_gathering_again
 from dropfx.ops.kept import Kept, save_kept, saved_kept
 from dropfx.ops.linear import linear_op
 from dropfx.ops.products import scaled_linear, scaled_mm
-from dropfx.ops.runs import gather, stored_transposed
+from dropfx.ops.runs import stored_transposed
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -38,7 +38,9 @@ class _GatheredLinear(torch.autograd.Function):
         ctx.again = worth_gathering_again(x, compact)
         save_kept(ctx, rows, cols, tensors=(x, weight if ctx.again else compact))
         ctx.scale, ctx.shape, ctx.dtype, ctx.flipped = scale, weight.shape, weight.dtype, stored_transposed(weight)
-        return whole(scaled_linear(x, compact, bias if bias is None or rows is None else gather(bias, 0, rows), scale))
+        if bias is not None and rows is not None:
+            bias = bias.index_select(0, rows.units(bias.size(0)))  # a compiler has no number to begin a window at
+        return whole(scaled_linear(x, compact, bias, scale))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

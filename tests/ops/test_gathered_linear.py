@@ -115,6 +115,25 @@ def test_a_compiler_sees_the_products() -> None:
     assert targets.count("aten.addmm.default") == 3
 
 
+@pytest.mark.parametrize("cols", KEPT)
+@pytest.mark.parametrize("rows", KEPT)
+def test_what_is_kept_is_no_constant_of_a_compiled_graph(rows: str, cols: str) -> None:
+    kept = starts_of(rows), starts_of(cols)
+    leaves = operands(kept[1])
+    draws = [starts for starts, _ in kept if starts is not None]
+
+    def step(leaves: tuple[Tensor, Tensor, Tensor], draws: list[Tensor]) -> tuple[Tensor, ...]:
+        drawn = iter(draws)
+        own = [(None if starts is None else next(drawn), run) for starts, run in kept]
+        made = product(*leaves, *own, 2.0)
+        return made, *torch.autograd.grad(made.sin().sum(), leaves)
+
+    graph = make_fx(step, tracing_mode="fake")(leaves, draws)
+    others = [(starts + 1) % N for starts in draws]
+    for got, want in zip(graph(leaves, others), step(leaves, others), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_second_derivative_is_refused() -> None:
     rows, cols = starts_of("blocks"), starts_of("wide")
     x, weight, bias = operands(cols)
