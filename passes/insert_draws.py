@@ -5,11 +5,14 @@ Draws enter the graph as inputs, so that nothing can redraw, merge or hoist them
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
+from dropfx.graph.nodes import value_of
 from dropfx.graph.notes import notes, sites_of
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.planning.regions import rows_source
+from dropfx.planning.rows import length_before
 
 
 def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
@@ -34,12 +37,25 @@ def _insert_rows(graph: fx.Graph, context: Context) -> None:
     """
     output = graph.output_node()
     for index, draw in context.draws.items():
-        if context.sites[index].groups == 1:
+        site = context.sites[index]
+        if site.groups == 1:
             continue
+        assert site.node is not None
         first = next(node for node in graph.nodes if index in sites_of(node))
-        source = rows_source(first)
-        with graph.inserting_before(first):
-            draw["leading"] = graph.call_method("size", (source, 0))
-        if "form" in notes(source):  # its length does not depend on its form
-            notes(draw["leading"])["reads"] = {source: notes(source)["form"]}
+        draw["leading"] = _leading(graph, first, site.node)
         output.args = ((*output.args[0], draw["leading"]),)  # type: ignore[misc]
+
+
+def _leading(graph: fx.Graph, first: fx.Node, site: fx.Node) -> Any:
+    emits = notes(first).get("form")
+    found = length_before(first, None if emits is None else emits.axis, site)
+    assert found is not None
+    if isinstance(found, int):
+        return found
+    with graph.inserting_before(first):
+        length = graph.call_method("size", found)
+    (source, dim), value = found, value_of(found[0])
+    form = notes(source).get("form")
+    if form is not None and value is not None and value.dim() + form.axis.dim != dim:  # the length is the dense one's
+        notes(length)["reads"] = {source: form}
+    return length

@@ -15,7 +15,7 @@ from dropfx import ops
 from dropfx.graph.nodes import argument, insert, value_of
 from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult
-from dropfx.planning.regions import same_rows
+from dropfx.planning.rows import same_rows
 
 
 def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:

@@ -99,8 +99,10 @@ def _spell_out_rates(captured: fx.Graph, graph: fx.Graph) -> None:
 
 
 def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
-    """view(x, size(y)) -> view(x, (size(y, 0), size(y, 1), 96)): passes take sizes one by one."""
-    for source, node in zip(captured.nodes, list(graph.nodes), strict=True):
+    """view(x, size(y)) -> view(x, (size(y, 0), size(y, 1), 96)): passes take sizes one by one, of the tensors."""
+    pairs = list(zip(captured.nodes, list(graph.nodes), strict=True))
+    _ask_inputs(graph, pairs)
+    for source, node in pairs:
         value: Any = source.meta.get("example_value")
         if not isinstance(value, torch.Size):
             continue
@@ -111,6 +113,25 @@ def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
             else:  # torch.Size of a list
                 sizes = list(node.args[0])
         substitute(graph, node, tuple(sizes))
+
+
+def _ask_inputs(graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]]) -> None:
+    """graph(s0, x [s0, 96]): s0 -> size(x, 0)"""
+    inputs: list[tuple[Any, fx.Node]] = [
+        (source.meta.get("example_value"), node) for source, node in pairs if node.op == "placeholder"
+    ]
+    axes: dict[Any, tuple[fx.Node, int]] = {}
+    for value, node in inputs:
+        sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, Tensor) else ()
+        for dim, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt):
+                axes.setdefault(size.node.expr, (node, dim))
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for value, node in inputs:
+            if isinstance(value, torch.SymInt) and node.users and value.node.expr in axes:
+                made = graph.call_method("size", axes[value.node.expr])
+                made.meta = dict(node.meta)
+                node.replace_all_uses_with(made)
 
 
 def _size(graph: fx.Graph, whole: fx.Node, dim: int) -> fx.Node:

@@ -3,6 +3,8 @@
 CATS = ("cat", "concat", "concatenate")
 MULTIPLICATIONS = ("mul", "multiply")
 DIVISIONS = ("div", "truediv", "divide", "true_divide")
+GEMMS = ("linear", "embedding")
+"""Layers that can make compact values of their own: they look up or multiply by a part of their weight."""
 SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 """Along one axis, which all keep."""
 SUMS = ("add", "sub", "subtract")

@@ -14,10 +14,10 @@ from dropfx.graph.axis_rules import COPIES, PERMUTATIONS, RESHAPES
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import Form, forms_of, notes
-from dropfx.graph.op_families import SPLITS, SUMS
+from dropfx.graph.op_families import GEMMS, SPLITS, SUMS
 from dropfx.graph.pass_infra import Context
 from dropfx.planning.min_cut import Prices
-from dropfx.planning.regions import GEMMS, Region, drops, is_product
+from dropfx.planning.regions import Region, drops, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
 """Linear -> kept share of its input and output units, as the other sites have decided."""

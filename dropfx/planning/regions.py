@@ -13,13 +13,12 @@ from dropfx.graph.axis_rules import Operands, rule_of
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
-from dropfx.graph.op_families import SUMS
+from dropfx.graph.op_families import GEMMS, SUMS
 from dropfx.graph.pass_infra import Site
 from dropfx.graph.size_origin import is_fixed
 from dropfx.planning.batch_statistics import reached_statistic
+from dropfx.planning.rows import leads_before, leads_behind, same_leading, same_rows
 
-GEMMS = ("linear", "embedding")
-"""Layers that can make compact values of their own: they look up or multiply by a part of their weight."""
 _RECURRENT_WEIGHT = 4  # its place among the arguments of a recurrence
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 _SOFTMAX = ("softmax", "_softmax", "log_softmax")
@@ -40,8 +39,8 @@ class Region:
         before: the nodes of `forms` that precede the site.
         sinks: consumers, which read compact and emit dense: Linear, recurrence of a dropped weight, residual add.
         probabilities: the site drops the outcome of a softmax over its units.
-        leading: length of the site's first axis where the draws differ along it, else None.
-        straight: values whose first axis is the site's.
+        grouped: the draws differ along the site's first axis.
+        straight: values whose first axis is the site's, or whole positions of it.
         ends_before, ends_behind: the operations before and after the site at which it ends, for `explain`.
     """
 
@@ -51,7 +50,7 @@ class Region:
     before: set[fx.Node] = field(default_factory=set)
     sinks: set[fx.Node] = field(default_factory=set)
     probabilities: bool = False
-    leading: int | None = None
+    grouped: bool = False
     straight: set[fx.Node] = field(default_factory=set)
     ends_before: list[fx.Node] = field(default_factory=list)
     ends_behind: list[fx.Node] = field(default_factory=list)
@@ -74,9 +73,7 @@ def grow(module: fx.GraphModule, site: Site, taken: set[fx.Node]) -> Region:
         raise RegionRefused(reason)
     region = Region(site.node, straight={site.node})
     region.forms[site.node] = UnitAxis(site.axis)
-    value = value_of(site.node)
-    if site.fit is not None and site.fit.groups > 1 and value is not None:
-        region.leading = value.size(0)
+    region.grouped = site.fit is not None and site.fit.groups > 1
     source = site.node.args[0] if site.node.args else site.node.kwargs["input"]
     assert isinstance(source, fx.Node)
     region.wants[site.node] = {source: UnitAxis(site.axis)}
@@ -99,13 +96,12 @@ def _grow_before(region: Region, source: fx.Node, axis: UnitAxis, taken: set[fx.
         region.forms[node] = at
         region.wants[node] = operands
         region.before.add(node)
-        grouped = region.leading is not None
-        pending += [(o, axis) for o, axis in operands.items() if not grouped or same_rows(o, node, axis)]
+        pending += [(o, axis) for o, axis in operands.items() if not region.grouped or same_rows(o, node, axis)]
 
 
 def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | None:
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
-    if drops(node) or (region.leading is not None and not _leads(node, at, region.leading)):
+    if drops(node) or (region.grouped and not leads_before(node, at, region.site)):
         return None
     if op_name(node) in GEMMS:
         return region.wants.get(node, {}) if at == UnitAxis(-1) and _gatherable(node) else None
@@ -113,36 +109,6 @@ def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | N
     operands = None if rule is None else rule.operands(node, at)
     merges = operands is not None and any(axis.factor > at.factor for axis in operands.values())
     return None if merges and not _fixed_behind(node, at) else operands
-
-
-def same_rows(operand: fx.Node, reader: fx.Node, axis: UnitAxis) -> bool:
-    """Whether operand and reader agree in the axes before the unit axis; else the operand is broadcast."""
-    value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
-    if rule is None or not rule.pointwise:
-        return True
-    return value is not None and out is not None and value.shape[: axis.dim] == out.shape[: axis.dim]
-
-
-def rows_source(node: fx.Node) -> fx.Node:
-    """An operand whose first axis is the first axis of a region's node before or at the site."""
-    form = notes(node).get("form")
-    operands = [o for o in node.all_input_nodes if value_of(o) is not None]
-    if op_name(node) in GEMMS:
-        source: fx.Node = argument(node, 0, "input")
-        return source
-    if form is None:
-        return operands[0]
-    return next(o for o in operands if same_rows(o, node, form.axis))
-
-
-def _leads(node: fx.Node, at: UnitAxis, leading: int) -> bool:
-    """Whether the node's first axis is the site's, before the site: its length is asked there."""
-    value, rule = value_of(node), rule_of(node)
-    if value is None or value.dim() + at.dim < 1 or value.size(0) != leading:
-        return False
-    if rule is None:
-        return op_name(node) in GEMMS
-    return rule.leads(node) and any(same_rows(o, node, at) for o in node.all_input_nodes)
 
 
 def is_dropped(value: Any) -> bool:
@@ -199,7 +165,7 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
         elif free and node not in taken and (found := _unitwise_after(region, node, read, zeros)) is not None:
             region.forms[node], region.wants[node] = found
             zeros.add(node)
-            if _straight(region, node, read):
+            if _straight(region, node, region.forms[node], read):
                 region.straight.add(node)
         elif free and node not in taken and _takes_residual(node, read, region):
             region.sinks.add(node)
@@ -237,7 +203,7 @@ def recurrent_weight(node: fx.Node) -> fx.Node | None:
 
 def _recurrent_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
     (weight, *others), at = read, region.forms[read[0]]
-    if not others and node.args.count(weight) == 1 and region.leading is None:
+    if not others and node.args.count(weight) == 1 and not region.grouped:
         region.sinks.add(node)
         region.wants[node] = {weight: at}
 
@@ -256,7 +222,7 @@ def _unitwise_after(
         return None
     if any(at.factor > region.forms[o].factor and not _fixed_behind(o, region.forms[o]) for o in read):
         return None
-    if region.leading is not None and not _keeps_groups(region, node, read):
+    if region.grouped and not _keeps_groups(region, node, at, read):
         return None
     return at, operands
 
@@ -267,28 +233,17 @@ def _fixed_behind(node: fx.Node, axis: UnitAxis) -> bool:
     return value is not None and all(is_fixed(node, value.dim() + dim) for dim in range(axis.dim + 1, 0))
 
 
-def _keeps_groups(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
+def _keeps_groups(region: Region, node: fx.Node, at: UnitAxis, read: list[fx.Node]) -> bool:
     """Whether the rows of a node after the site are the site's, in order."""
     rule = rule_of(node)
     assert rule is not None
-    return (_straight(region, node, read) or not rule.moves_rows) and all(_same_leading(o, node) for o in read)
+    straight = _straight(region, node, at, read) or not rule.moves_rows
+    return straight and all(same_leading(o, node) for o in read)
 
 
-def _straight(region: Region, node: fx.Node, read: list[fx.Node]) -> bool:
-    """Whether the first axis of a node after the site is the site's."""
-    rule = rule_of(node)
-    return rule is not None and rule.leads(node) and region.straight.issuperset(read)
-
-
-def _same_leading(operand: fx.Node, reader: fx.Node) -> bool:
-    """Whether operand and reader agree in the first axis, along which groups lie; else the operand is broadcast there.
-
-    On later axes it may be broadcast: each row of the reader is in the group of the row that it reads.
-    """
-    value, out, rule = value_of(operand), value_of(reader), rule_of(reader)
-    if rule is None or not rule.pointwise:
-        return True
-    return value is not None and out is not None and value.dim() == out.dim() and value.shape[:1] == out.shape[:1]
+def _straight(region: Region, node: fx.Node, at: UnitAxis, read: list[fx.Node]) -> bool:
+    """Whether the first axis of a node after the site holds whole groups."""
+    return region.straight.issuperset(read) and leads_behind(node, at, region.site)
 
 
 def drops(node: fx.Node) -> bool:
@@ -318,7 +273,7 @@ def _named(region: Region, node: fx.Node) -> str:
     if name == "linear":
         return "a Linear along another axis"
     if rule is not None and rule.moves_rows:
-        return f"{name}, which cuts or moves the {'units' if region.leading is None else 'groups or the units'}"
+        return f"{name}, which cuts or moves the {'groups or the units' if region.grouped else 'units'}"
     return name or str(getattr(node.target, "__name__", node.target))
 
 
@@ -338,6 +293,6 @@ def _takes_residual(node: fx.Node, read: list[fx.Node], region: Region) -> bool:
     out, value = value_of(node), value_of(branch)
     if base is branch or value_of(base) is None or out is None or value is None:
         return False
-    if region.leading is not None and out.shape != value.shape:
+    if region.grouped and out.shape != value.shape:
         return False
     return isinstance(alpha, (int, float)) and out.shape[at.dim] == value.shape[at.dim]

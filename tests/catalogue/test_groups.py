@@ -109,7 +109,7 @@ class PerUnit(Flattening):
 
 
 class Reshaping(Flattening):
-    """Rows become [time, batch] before the site: the leading axis is known only at the site."""
+    """Rows become [time, batch] before the site: the leading axis is one of its own only there."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x.reshape(-1, 32)).view(x.size(0), x.size(1), 64)
@@ -127,7 +127,59 @@ class TimeFirst(Flattening):
         return self.outer(self.drop(self.inner(x) + F.relu(self.positions)))
 
 
-@pytest.mark.parametrize("build", [Flattening, Transposing, PerUnit, Reshaping, TimeFirst])
+class Renamed(Flattening):
+    """Rows are seen as of another first axis, whose positions may have rows of two groups, which change places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time, batch, _ = x.shape
+        h = self.inner(x).view(batch, time, 64).flip(1)
+        h = self.drop(F.relu(h.view(time, batch, 64)))
+        return self.outer(h.view(batch, time, 64).flip(1)).view(time, batch, 16) + self.outer(h)
+
+
+class Halves(Flattening):
+    """Whole positions of the leading axis are cut in two, and what lies behind them moves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x.flip(1)], 1)
+        time, batch, _ = x.shape
+        h = F.relu(self.inner(x.view(2 * time, -1, 32)).transpose(1, 2).transpose(1, 2))
+        h = self.drop(h.reshape(time, batch, 64))
+        halves = self.outer(h.view(2 * time, -1, 64).permute(0, 2, 1).permute(0, 2, 1))
+        return halves.view(time, batch, 16) + self.outer(h)
+
+
+AROUND = [Flattening, Transposing, PerUnit, Reshaping, TimeFirst, Renamed, Halves]
+
+
+@pytest.mark.parametrize("build", AROUND)
+def test_axes_of_changing_lengths(build: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    original, compiled = build().double(), build().double()
+    compiled.load_state_dict(original.state_dict())
+    dropfx.compile(compiled, groups=3, min_speedup=0)
+    # the graph of all sizes is made where one is a multiple of the other
+    for seed, shape in enumerate([(3, 3), (5, 10), (4, 6), (6, 4), (10, 5), (7, 12)]):
+        x = torch.randn(shape[0], 5 if build is TimeFirst else shape[1], 32, dtype=torch.float64)
+        masks = check_step(original, compiled, (x,), dtype=torch.float64, seed=seed)
+        assert set(masks) == {"drop"}
+
+
+def test_rows_of_a_linear_are_the_leading_axis_times_others() -> None:
+    """As transformers writes a Conv1D: both products are compact."""
+    original, compiled = Reshaping().double(), Reshaping().double()
+    compiled.load_state_dict(original.state_dict())
+    dropfx.compile(compiled, groups=3, min_speedup=0)
+    for time in (6, 7, 4):
+        x = torch.randn(time, 5, 32, dtype=torch.float64)
+        masks = check_step(original, compiled, (x,), dtype=torch.float64)
+        assert masks["drop"].shape == (time, 1, 64)
+        (site,) = dropfx.explain(compiled, x).sites
+        # nobody asks for the input's gradient
+        assert site.flops_compact * 2 == site.flops_dense == time * 5 * (4 * 32 + 6 * 16) * 64
+
+
+@pytest.mark.parametrize("build", AROUND)
 @pytest.mark.parametrize("shape", [(6, 5), (5, 5), (2, 5), (1, 5)])
 def test_axes_around_the_site(build: type[nn.Module], shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
