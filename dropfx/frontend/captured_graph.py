@@ -20,7 +20,7 @@ from dropfx.frontend.checkpoints import runnable, walk
 from dropfx.frontend.dynamo_graph import Live, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
-from dropfx.frontend.rewrite_captured import Asked, Part, rewrite_captured
+from dropfx.frontend.rewrite_captured import Asked, Part, rewrite_captured, take_back_guards
 from dropfx.frontend.whole_calls import unfold
 from dropfx.graph.pass_infra import Site
 from dropfx.options import Options
@@ -123,15 +123,22 @@ class CapturedGraph:
         try:
             made, parts = rewrite_captured(self._module, asked)
         except PassError as error:
-            self.failed = str(error)
-            warnings.warn(f"dropfx: {error}; the graph runs as written", RuntimeWarning, stacklevel=2)
+            self._give_up(str(error))
             made, parts = self._module, []
         drawn = any(part.context.draws for part in parts)
         shared.rewritten += drawn
         if not drawn and not (self._naming.recurrent and self._compile_inner):  # no compiler takes these as written
             made = self._module
         examples = [example for part in parts for example in part.examples]
-        return Variant(parts, rates, self._options, self._run(made, examples), examples)
+        run = self._run(made, examples)
+        if take_back_guards(examples):
+            self._give_up("a compiler took for granted how many units are kept, which changes from draw to draw")
+            run, parts, examples = self._run(self._module), [], []
+        return Variant(parts, rates, self._options, run, examples)
+
+    def _give_up(self, why: str) -> None:
+        self.failed = why
+        warnings.warn(f"dropfx: {why}; the graph runs as written", RuntimeWarning, stacklevel=3)
 
     def _as_written(self, *args: Any) -> Sequence[Any]:
         """As the model has it; masks made by hand, which `disabled` turns off, are dropouts in it."""

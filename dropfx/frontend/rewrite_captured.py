@@ -176,3 +176,17 @@ def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -
     sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC if varies else DimDynamic.STATIC]
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))
+
+
+def take_back_guards(draws: Sequence[Tensor]) -> bool:
+    """Take guards on the sizes of draws back, which no call can check; whether there were any that may not hold."""
+    shapes: list[Any] = [draw.shape for draw in draws]
+    sizes = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+    if not sizes:
+        return False
+    symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
+    env = sizes[0].node.shape_env
+    on_draws = [guard for guard in env.guards if symbols & guard.expr.free_symbols]
+    unsettled = [guard for guard in on_draws if env._maybe_evaluate_static(guard.expr, axioms=()) is None]
+    env.guards[:] = [guard for guard in env.guards if guard not in unsettled]
+    return bool(unsettled)

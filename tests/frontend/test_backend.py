@@ -211,3 +211,26 @@ def test_the_output_may_be_changed_in_place(inner: str) -> None:
     for _ in range(3):
         y = compiled(torch.randn(4, 48))
         y.mul_(3.0).sum().backward()
+
+
+class Rows(nn.Module):
+    """As many results as rows: the compiler takes their count for granted, and of a product by it the kept units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.second = nn.Linear(16, 48), nn.Dropout(0.5), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.drop(torch.tanh(self.first(torch.cat([x, x], 1)))))
+        return torch.stack(h.reshape(-1, 48).unbind(-2), -2)
+
+
+def test_what_a_compiler_takes_for_granted_of_a_draw_is_no_guard() -> None:
+    original, compiled = compiled_pair(Rows().double(), pattern="row", groups=1)
+    assert check_step(original, compiled, torch.randn(6, 12, 16, dtype=torch.float64)).keys() == {"drop"}
+    x = torch.randn(8, 5, 16, dtype=torch.float64)
+    torch.manual_seed(0)
+    with pytest.warns(RuntimeWarning, match="took for granted how many units are kept"):
+        found = compiled(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, original(x))

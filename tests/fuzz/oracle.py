@@ -28,15 +28,12 @@ RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 class Masked(TorchFunctionMode):
-    """Names each site as the public face does, and multiplies by its mask.
+    """Names each site as the public face does, and multiplies by its mask."""
 
-    decomposed: sites without one drop as Inductor spells a dropout, which reads the generator in another way.
-    """
-
-    def __init__(self, model: nn.Module, masks: Masks, decomposed: bool, tiles: bool) -> None:
+    def __init__(self, model: nn.Module, masks: Masks, tiles: bool) -> None:
         super().__init__()
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self.root, self.masks, self.decomposed, self.tiles = model, masks, decomposed, tiles
+        self.root, self.masks, self.tiles = model, masks, tiles
         self.stack: list[nn.Module] = []
         self.count: Counter[str] = Counter()
         self.used: set[str] = set()
@@ -82,15 +79,8 @@ class Masked(TorchFunctionMode):
             return dropped
         mask = self.mask(name)
         if mask is None:
-            return self.left_alone(func, input, p, training, inplace)
-        return input.mul_(mask.to(input.dtype)) if inplace else (input * mask).to(input.dtype)
-
-    def left_alone(self, func: Any, input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
-        if not self.decomposed or not training or p in (0, 1) or func is not F.dropout:
             return func(input, p, training, inplace)
-        kept = torch.rand_like(input) > p
-        scaled = kept * input * float(1.0 / (1.0 - p))
-        return input.copy_(scaled) if inplace else scaled
+        return input.mul_(mask.to(input.dtype)) if inplace else (input * mask).to(input.dtype)
 
     def tile_masks(self, name: str) -> list[Tensor]:
         names = [name, *(f"{name}[{k}]" for k in range(len(self.masks)))]
@@ -126,14 +116,14 @@ class Masked(TorchFunctionMode):
             last.append(out)
             if k < layers - 1:
                 mask = self.mask(names[k])
-                x = self.left_alone(F.dropout, x, p, train, False) if mask is None else x * mask
+                x = F.dropout(x, p, train) if mask is None else x * mask
         return x, *(torch.cat(parts) for parts in zip(*last, strict=True))
 
 
 @contextlib.contextmanager
-def masked(model: nn.Module, masks: Masks, decomposed: bool, tiles: bool) -> Iterator[Masked]:
+def masked(model: nn.Module, masks: Masks, tiles: bool) -> Iterator[Masked]:
     """Calls of the model inside are the oracle's."""
-    mode = Masked(model, masks, decomposed, tiles)
+    mode = Masked(model, masks, tiles)
 
     def enter(module: nn.Module, _args: Any) -> None:
         mode.stack.append(module)

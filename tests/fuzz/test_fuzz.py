@@ -74,6 +74,13 @@ def test_a_wrong_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (verdict.kind, verdict.step) == ("different", 0)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dropouts_that_run_as_written_draw_alike_under_inductor() -> None:
+    """Else what is wrong would be set down to PyTorch."""
+    program = feed_forward().replaced(steps=(Step(4, 7),))
+    assert checking._check(program, "inductor", with_dropfx=False).kind == "same"
+
+
 def test_what_is_not_needed_to_fail_is_dropped() -> None:
     smaller = minimise(feed_forward(), lambda program: any("drop3" in statement.text for statement in program.body))
     assert (len(smaller.steps), len(smaller.outputs), len(smaller.body), smaller.options) == (1, 1, 2, "")
