@@ -51,7 +51,8 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         site.flops_dense += flops
         site.flops_compact += round(flops * site.fit.keep)
     context.flops_compact -= site.flops_dense - site.flops_compact
-    context.seconds_planned -= dense - tiled
+    site.seconds_saved = dense - tiled
+    context.seconds_planned -= site.seconds_saved
     return ""
 
 

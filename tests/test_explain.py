@@ -174,6 +174,17 @@ def test_default_minimum_leaves_tiny_layers_alone_and_rewrites_large_ones() -> N
     assert all(site.predicted_speedup >= 1.05 for site in large)
 
 
+@pytest.mark.parametrize("pattern", ["block", "tile"])
+def test_the_sites_share_what_the_step_gains(pattern: str) -> None:
+    model = mlp(256, 2048, 2048, 256, p=0.5)
+    report = dropfx.explain(model, torch.randn(256, 256), options={"pattern": pattern})
+    assert all(site.seconds_saved > 0 for site in report.sites)
+    gained = report.seconds_written - report.seconds_planned
+    assert sum(site.seconds_saved for site in report.sites) == pytest.approx(gained)
+    left_alone = dropfx.explain(model, torch.randn(256, 256), options={"pattern": pattern, "min_speedup": 1e3})
+    assert all(site.seconds_saved == 0 for site in left_alone.sites)
+
+
 @pytest.mark.parametrize("p", [0.25, 0.5, 0.75])
 def test_flops_of_one_site(p: float) -> None:
     """Both Linears around the site multiply the kept share only."""
@@ -286,7 +297,7 @@ def test_dict_is_json(report: Any) -> None:
     loaded = json.loads(json.dumps(report.to_dict()))
     assert [site["name"] for site in loaded["sites"]] == [site.name for site in report.sites]
     fields = {"name", "rate", "drawn_rate", "pattern", "rewritten", "reason"}
-    fields |= {"flops_dense", "flops_compact", "predicted_speedup"}
+    fields |= {"flops_dense", "flops_compact", "predicted_speedup", "seconds_saved"}
     assert all(fields <= set(site) for site in loaded["sites"])
 
 

@@ -56,6 +56,7 @@ class Site:
     flops_dense: int = 0
     flops_compact: int = 0
     predicted_speedup: float = 1.0
+    seconds_saved: float = 0.0
 
     @property
     def name(self) -> str:

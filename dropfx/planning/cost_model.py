@@ -13,7 +13,7 @@ from dropfx import ops
 from dropfx.graph.axis_rules import COPIES, PERMUTATIONS, RESHAPES
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
-from dropfx.graph.notes import Form, forms_of, notes
+from dropfx.graph.notes import Form, forms_of, notes, sites_of
 from dropfx.graph.op_families import GEMMS, SPLITS, SUMS
 from dropfx.graph.pass_infra import Context
 from dropfx.planning.min_cut import Prices
@@ -203,7 +203,10 @@ def _no_longer_in_one_piece(linear: fx.Node, costs: DeviceCosts) -> float:
 
 
 def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
-    """Seconds of forward and backward by the table: as written, and as planned; the optimizer's are not in it."""
+    """Seconds of forward and backward by the table: as written, and as planned; the optimizer's are not in it.
+
+    What is between the two is shared out among the sites: of a product between two of them each has a half.
+    """
     written = planned = 0.0
     converted = set[tuple[fx.Node, Form | None]]()
     for node in graph.nodes:
@@ -211,6 +214,9 @@ def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
             continue
         times = _node_times(node, context)
         written, planned = written + times[0], planned + times[1]
+        around = sites_of(node)
+        for index in around:
+            context.sites[index].seconds_saved += (times[0] - times[1]) / len(around)
         reads = notes(node).get("reads", {})
         for operand in node.all_input_nodes:
             have, want = notes(operand).get("form"), reads.get(operand)
@@ -221,6 +227,7 @@ def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
                     keep = kept_share(form, context)
                     moved = context.costs.move(elements * keep, itemsize) + context.costs.move(elements, itemsize)
                     planned += context.costs.gathered + moved
+                    context.sites[form.site].seconds_saved -= context.costs.gathered + moved
     return written, planned
 
 
