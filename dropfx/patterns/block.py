@@ -61,12 +61,11 @@ class Block(Pattern):
 
     def choose(self, hashes: Tensor, fit: Fit) -> list[Draw]:
         """See `Pattern.choose`: the blocks with the largest hashes; groups are dealt theirs from shuffled decks."""
-        if fit.groups == 1:
-            chosen = hashes.topk(fit.count, dim=1, sorted=False).indices
-        else:
-            chosen = _deal(hashes.unflatten(1, (-1, _blocks(fit))), fit)
         # in order, so that neighbouring kept blocks are found next to each other
-        starts = chosen.sort(dim=-1).values
+        if fit.groups == 1:
+            starts = hashes.topk(fit.count, dim=1, sorted=False).indices.sort(dim=-1).values
+        else:
+            starts = _deal(hashes.unflatten(1, (-1, _blocks(fit))), fit)
         if fit.run > 1:
             starts *= fit.run
         if not fit.ragged:
@@ -88,26 +87,37 @@ def _fit(units: int, rate: float, size: int, groups: int) -> Fit:
         units=units,
         run=size,
         count=count,
-        numbers=blocks * -(-count * groups // blocks),
+        numbers=blocks * -(-_dealt(blocks, count, groups) * groups // blocks),
         drawn_rate=1.0 - count / blocks,
         ragged=units % size != 0,
         groups=groups,
     )
 
 
-def _deal(hashes: Tensor, fit: Fit) -> Tensor:
-    """Blocks of each group, int64 [sites, groups, count], from hashes [sites, decks, blocks].
+def _dealt(blocks: int, count: int, groups: int) -> int:
+    """Cards of a group: the blocks that it keeps, or, of several groups, those that it drops where they are fewer."""
+    return count if groups == 1 else min(count, blocks - count)
 
-    Shuffled decks of all blocks are dealt one after another, `count` cards a group, so that over the groups each block
-    is kept floor or ceil of count * groups / blocks times. A group that straddles two decks must not get a block
+
+def _deal(hashes: Tensor, fit: Fit) -> Tensor:
+    """Blocks of each group in order, int64 [sites, groups, count], from hashes [sites, decks, blocks].
+
+    Shuffled decks of all blocks are dealt one after another, `cards` to a group, so that over the groups each block
+    is dealt floor or ceil of cards * groups / blocks times. A group that straddles two decks must not get a block
     twice: what it holds goes to the end of the second deck, in random order, which treats all blocks alike.
     """
+    blocks = hashes.size(-1)
+    cards = _dealt(blocks, fit.count, fit.groups)
     dealt = 0
     decks: list[Tensor] = []
     for keys in (hashes >> 2).unbind(1):  # 2 bits of room, to move keys behind all others
-        held = dealt % fit.count
+        held = dealt % cards
         if held:
             keys = keys.scatter_add(1, decks[-1][:, -held:], keys.new_full((len(keys), held), 2**62))
         decks.append(keys.argsort(dim=1))
-        dealt += keys.size(1)
-    return torch.cat(decks, dim=1)[:, : fit.count * fit.groups].reshape(-1, fit.groups, fit.count)
+        dealt += blocks
+    hands = torch.cat(decks, dim=1)[:, : cards * fit.groups].reshape(-1, fit.groups, cards)
+    if cards == fit.count:
+        return hands.sort(dim=-1).values
+    dropped = torch.zeros(*hands.shape[:-1], blocks, dtype=torch.int8, device=hands.device).scatter_(-1, hands, 1)
+    return dropped.argsort(dim=-1, stable=True)[..., : fit.count]

@@ -99,8 +99,8 @@ FAULTS = (
     Fault("dropfx/draws/draw_plan.py", "number = _mix(number + rank_step)", "number = number", "draws distributed"),
     Fault("dropfx/draws/draw_plan.py", "_signed(site_key(self.names[i]))", '_signed(site_key(""))', "draws"),
     Fault("dropfx/patterns/block.py", "drawn_rate=1.0 - count / blocks", "drawn_rate=count / blocks", "patterns"),
-    Fault("dropfx/patterns/block.py", "chosen.sort(dim=-1).values", "chosen", "patterns draws"),
-    Fault("dropfx/patterns/block.py", "        held = dealt % fit.count\n", "        held = 0\n", "patterns"),
+    Fault("dropfx/patterns/block.py", "hands.sort(dim=-1).values", "hands", "patterns draws"),
+    Fault("dropfx/patterns/block.py", "        held = dealt % cards\n", "        held = 0\n", "patterns"),
     Fault("dropfx/patterns/base.py", "MAX_RATE_ERROR = 0.02", "MAX_RATE_ERROR = 0.2", "patterns draws"),
     # -- passes
     Fault("passes/fold_scale.py", " and own == 1.0", "", "passes catalogue/test_equivalence.py"),

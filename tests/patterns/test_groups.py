@@ -17,6 +17,7 @@ CASES = [
     (Block(8), 64, 0.5, 5),
     (Block(8), 64, 0.3, 7),
     (Block(1), 10, 0.7, 4),
+    (Block(8), 64, 0.6, 7),
     (Block(16), 100, 0.4, 6),
     (Block(5), 67, 0.8, 35),
     (Block(32), 96, 0.4, 3),
@@ -27,8 +28,8 @@ CASES = [
     (Row(5), 67, 0.7, 7),
     (Row(), 4, 0.7, 3),
 ]
-UNEVEN = (Block(8), 64, 0.3, 7)
-"""5 of 8 blocks to each of 7 groups: five of them straddle two decks."""
+UNEVEN = (Block(8), 64, 0.4, 7)
+"""Each of 7 groups drops 3 of 8 blocks: two of them straddle two decks."""
 
 
 def drawn(pattern: Pattern, units: int, rate: float, groups: int, times: int, seed: int = 0) -> list[Draw]:
@@ -145,7 +146,8 @@ def test_the_groups_of_a_draw_have_one_period() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "units", "rate", "groups"), [UNEVEN, (Block(5), 33, 0.5, 3), (Slice(), 40, 0.3, 3)]
+    ("pattern", "units", "rate", "groups"),
+    [UNEVEN, (Block(8), 64, 0.6, 7), (Block(5), 33, 0.5, 3), (Slice(), 40, 0.3, 3)],
 )
 def test_every_unit_is_equally_likely_in_every_group(pattern: Pattern, units: int, rate: float, groups: int) -> None:
     """Exact binomial tests by Bonferroni over units and groups, steps as replicates; false alarms below 1e-6."""
@@ -168,11 +170,12 @@ def test_pairs_of_groups_are_less_alike_than_independent_draws() -> None:
         assert torch.equal(rows[0], ~rows[1])
 
 
-def test_straddling_groups_do_not_favour_neighbours() -> None:
+@pytest.mark.parametrize(("rate", "kept_blocks"), [(0.4, 3), (0.6, 2)], ids=["dropped are dealt", "kept are dealt"])
+def test_straddling_groups_do_not_favour_neighbours(rate: float, kept_blocks: int) -> None:
     """Pairs of blocks in the group that straddles two decks: all k(k-1) / n(n-1) likely."""
-    rows = kept(Block(1), 6, 0.34, 3, 3000)[:, 1]
-    together = [int((rows[:, a] & rows[:, b]).sum()) for a, b in itertools.combinations(range(6), 2)]
-    assert_binomial(together, 3000, 4 * 3 / (6 * 5))
+    rows = kept(Block(1), 5, rate, 3, 3000)[:, 2]
+    together = [int((rows[:, a] & rows[:, b]).sum()) for a, b in itertools.combinations(range(5), 2)]
+    assert_binomial(together, 3000, kept_blocks * (kept_blocks - 1) / (5 * 4))
 
 
 def test_one_group_is_no_extra_dimension() -> None:
