@@ -54,6 +54,7 @@ def test_shapes(pattern: Pattern, units: int, rate: float, groups: int) -> None:
         assert draw.starts.dtype == torch.int64
         assert draw.starts.dim() == 2
         assert len(draw.starts) == groups
+        assert not isinstance(pattern, Block) or (draw.starts.diff(dim=-1) > 0).all()
         assert fit.count in (0, draw.starts.size(1))  # 0 where it varies
         assert draw.units().shape == (groups, draw.width)
         assert draw.mask(torch.float32).shape == (groups, units)
