@@ -65,7 +65,8 @@ def _whole_groups(node: fx.Node, at: UnitAxis, site: fx.Node) -> bool:
         return False
     if value.dim() + at.dim == 1 or origin(node, 0) == origin(site, 0):
         return True
-    return is_fixed(node, 0) and is_fixed(site, 0) and value.size(0) % dropped.size(0) == 0
+    # of an empty batch nothing is known
+    return is_fixed(node, 0) and is_fixed(site, 0) and bool(len(dropped)) and len(value) % len(dropped) == 0
 
 
 def length_before(node: fx.Node, at: UnitAxis | None, site: fx.Node) -> Source | int | None:
