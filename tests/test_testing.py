@@ -178,8 +178,11 @@ class Lying(nn.Module):
 
 
 def test_a_difference_is_an_assertion_error() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"differ:\n(?s:.*)the same check in float64"):
         assert_equivalent(Lying(), X, options=ALL)
+    with pytest.raises(AssertionError) as failed:
+        assert_equivalent(Lying().double(), X.double(), options=ALL)
+    assert "float64" not in str(failed.value)
 
 
 def test_tolerances_can_be_given() -> None:
