@@ -198,7 +198,7 @@ def explain(
         except Exception as error:
             message = f"inputs: {type(model).__name__}.forward fails on them: {error}"
             raise InvalidInput(message) from error
-    return _report(trial, checked)
+    return _report(trial)
 
 
 def options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
@@ -212,7 +212,7 @@ def options_for(model: nn.Module, options: dict[str, Any] | None) -> Options:
     return make_options(**(options or {}))
 
 
-def _report(trial: nn.Module, options: Options) -> Report:
+def _report(trial: nn.Module) -> Report:
     sites: list[SiteReport] = []
     opaque: dict[str, str] = {}
     lowerings: dict[str, str] = {}
@@ -224,7 +224,7 @@ def _report(trial: nn.Module, options: Options) -> Report:
     before: Counter[str] = Counter()
     for graph in sorted((graph for capture in captures for graph in capture.graphs), key=lambda graph: graph.number):
         for context in (c for variant in graph.variants for c in variant.contexts):
-            sites += [_row(site, site.call.behind(before).name, options) for site in context.sites]
+            sites += [_row(site, site.call.behind(before).name) for site in context.sites]
             dense, compact = dense + context.flops_dense, compact + context.flops_compact
             seconds = [seconds[0] + context.seconds_written, seconds[1] + context.seconds_planned]
             lowerings.update(context.lowerings)
@@ -234,7 +234,7 @@ def _report(trial: nn.Module, options: Options) -> Report:
     return Report(sites, dense, compact, opaque, lowerings, *seconds)
 
 
-def _row(site: Site, name: str, options: Options) -> SiteReport:
+def _row(site: Site, name: str) -> SiteReport:
     drawn = site.rate
     if site.rewritten and site.fit is not None:
         drawn = site.fit.drawn_rate
@@ -242,7 +242,7 @@ def _row(site: Site, name: str, options: Options) -> SiteReport:
         name=name,
         rate=site.rate,
         drawn_rate=drawn,
-        pattern=options.pattern.name if site.rewritten else "bernoulli",
+        pattern=site.pattern.name if site.rewritten and site.pattern is not None else "bernoulli",
         rewritten=site.rewritten,
         reason=site.reason,
         flops_dense=site.flops_dense,

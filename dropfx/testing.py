@@ -168,6 +168,7 @@ class _Substitute(TorchFunctionMode):
         self._draws: Counter[str] = Counter()
         self._recurrences: Counter[str] = Counter()
         self._tiles = tiles
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._tiled: list[tuple[Tensor, list[Tensor]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,6 +181,10 @@ class _Substitute(TorchFunctionMode):
             return self._recurrent(func, args)
         if func in _BERNOULLI:
             return self._drawn(func, *args, **kwargs)
+        if func in _UNIFORM:
+            return self._uniform(func, args, kwargs)
+        if func in _BELOW and args and id(args[0]) in self._rows:
+            return self._rows[id(args[0])][1]
         if func not in DROPOUT_FUNCTIONS or func is torch.dropout:
             return func(*args, **kwargs)
         name = self._name()
@@ -197,15 +202,29 @@ class _Substitute(TorchFunctionMode):
 
     def _drawn(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A draw of a mask that the model makes by hand: where one was recorded, times the p by which it divides it."""
-        path = self._names[self._stack[-1]]
-        self._draws[path] += 1
-        mask = self._masks.get(f"{path}:bernoulli_{self._draws[path]}")
+        mask = self._masks.get(self._draw_name("bernoulli"))
         if mask is None:
             found: Tensor = func(input, *args, **kwargs)
             return found
         probabilities = input if func is not Tensor.bernoulli_ else 0.5
         keep = kwargs.get("p", args[0] if args else probabilities)
-        return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(mask * keep)
+        drawn = mask != 0 if _of_rows(mask) else mask * keep
+        return (input if func is Tensor.bernoulli_ else torch.empty_like(input)).copy_(drawn)
+
+    def _uniform(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Numbers in [0, 1) of which a model makes a mask of rows: those of kept rows lie above any threshold."""
+        drawn: Tensor = func(*args, **kwargs)
+        mask = self._masks.get(self._draw_name("rand"))
+        if mask is not None and mask.numel() == drawn.numel():
+            kept = (mask != 0).view(drawn.shape)
+            drawn = torch.where(kept, 1 - torch.finfo(drawn.dtype).eps, 0.0).to(drawn.dtype)
+            self._rows[id(drawn)] = drawn, kept  # where it is kept below a threshold
+        return drawn
+
+    def _draw_name(self, kind: str) -> str:
+        path = self._names[self._stack[-1]]
+        self._draws[f"{path}:{kind}"] += 1
+        return f"{path}:{kind}_{self._draws[f'{path}:{kind}']}"
 
     def _recurrent(self, func: Any, args: tuple[Any, ...]) -> Any:
         """torch.lstm or its kin, with the masks of the dropouts between its layers, or of the weights after them."""
@@ -263,6 +282,7 @@ class _Substitute(TorchFunctionMode):
         self._draws.clear()
         self._recurrences.clear()
         self._tiled.clear()
+        self._rows.clear()
 
     def _name(self) -> str:
         module = self._stack[-1]
@@ -275,6 +295,12 @@ class _Substitute(TorchFunctionMode):
 
 
 _BERNOULLI = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
+_UNIFORM = (torch.rand, torch.rand_like)
+_BELOW = (torch.lt, Tensor.lt, Tensor.__lt__, torch.le, Tensor.le, Tensor.__le__)
+
+
+def _of_rows(mask: Tensor) -> bool:
+    return mask.dim() > 1 and mask.size(-1) == 1
 
 
 def _of_weights(masks: Masks, name: str) -> list[Tensor]:

@@ -35,6 +35,7 @@ from dropfx.passes.rewrite_residual import rewrite_residual
 from dropfx.passes.rewrite_sites import rewrite_sites
 from dropfx.passes.rewrite_tiles import rewrite_tiles
 from dropfx.passes.rewrite_views import rewrite_views
+from dropfx.passes.skip_rows import skip_rows
 from dropfx.passes.time_major import time_major
 
 AS_WRITTEN = (functionalize, recognise_masks)
@@ -42,6 +43,7 @@ AS_WRITTEN = (functionalize, recognise_masks)
 
 # The phases:
 #   functionalize to expand_cats       one form for what can be written in several ways
+#   skip_rows                          the branches of row sites, which the passes behind it see on kept rows
 #   find_sites to check_plan           what is decided: the sites, what is compact, which weights drop tiles
 #   insert_draws to check_conversions  draws as inputs; gathers and scatters between compact and dense values
 #   rewrite_views to rewrite_residual  one rewrite per kind of layer, acting only on the notes `form` and `reads`
@@ -58,6 +60,7 @@ PIPELINE = (
     drop_identities,
     canonicalize,
     expand_cats,
+    skip_rows,
     find_sites,
     plan_regions,
     join_cats,

@@ -23,6 +23,8 @@ def find_sites(module: fx.GraphModule, context: Context) -> PassResult:
     """Fill context.sites in graph order, and note which dropouts drop nothing; no operation changes."""
     mark_gradients(module.graph)
     for node in module.graph.nodes:
+        if "by_rows" in notes(node):
+            continue
         if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
             context.sites.append(_site(node, context))
         elif node.op == "call_function" and node.target in OTHER_DROPOUTS:
@@ -38,6 +40,7 @@ def _site(node: fx.Node, context: Context) -> Site:
     rate = known.rate
     numeric = isinstance(rate, (int, float))
     site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, DROPOUT_FUNCTIONS[node.target])
+    site.pattern = context.options.pattern
     site.reason = _refusal(node, site, context) if numeric else "its rate is known only when the graph runs"
     # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
     notes(node)["identity"] = (

@@ -21,9 +21,9 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
     first_other = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first_other):
         for index, site in enumerate(context.sites):
-            if site.rewritten:
+            if site.rewritten and site.pattern is not None and not site.by_rows:
                 context.draws[index] = {
-                    field: graph.placeholder(f"{field}_{index}") for field in context.options.pattern.fields
+                    field: graph.placeholder(f"{field}_{index}") for field in site.pattern.fields
                 }
     if context.options.grouped:
         _insert_rows(graph, context)

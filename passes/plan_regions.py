@@ -36,7 +36,7 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
         notes(node)["one_piece"] = in_one_piece(node, context)
     _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
-    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None]
+    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None and not site.by_rows]
     for _ in range(_SWEEPS):
         before = {i: choice.compact for i, choice in chosen.items()}
         for index in candidates:
@@ -49,14 +49,16 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
     for index, choice in chosen.items():
         _annotate(index, choice)
     _count_flops(module.graph, context, chosen)
-    context.seconds_written, context.seconds_planned = step_times(module.graph, context)
+    skipped = sum(site.seconds_saved for site in context.sites if site.by_rows)  # the graph has kept rows by now
+    written, context.seconds_planned = step_times(module.graph, context)
+    context.seconds_written = written + skipped
     return PassResult(module, False)
 
 
 def _prefer_reasons_of_neighbours(module: fx.GraphModule, context: Context) -> None:
     """`explain` names what no other pattern mends, where a site's pattern does not fit and its neighbours refuse."""
     for site in context.sites:
-        if site.reason and site.node is not None and site.rank:
+        if site.reason and site.node is not None and site.rank and not site.by_rows:
             try:
                 grow(module, site, set())
             except RegionRefused as refusal:

@@ -22,12 +22,10 @@ from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.ops.shared_dropout import shared_dropout
+from dropfx.planning.fills import probability
 
 _EXPANSIONS = ("expand", "expand_as")
 _BROADCASTS = (*_EXPANSIONS, "unsqueeze", "detach")
-_FILLS = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value"}
-"""What makes a tensor of one probability -> the name of its second (of the method: second after itself) argument."""
-
 
 def recognise_masks(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the masks of which nothing but products of units are made."""
@@ -54,7 +52,7 @@ class _Mask(NamedTuple):
 
 
 def _recognise(draw: fx.Node) -> bool:
-    keep, filled = _probability(draw)
+    keep, filled = probability(draw)
     mask = None if keep is None else _mask(draw, keep)
     if keep is None or mask is None:
         return False
@@ -79,18 +77,6 @@ def _recognise(draw: fx.Node) -> bool:
     for node in reversed(erased):  # a draw would stay though nobody reads it
         draw.graph.erase_node(node)
     return True
-
-
-def _probability(draw: fx.Node) -> tuple[float | None, bool]:
-    """The probability of a one where it is one number, and whether the draw reads it from a tensor filled with it."""
-    keep, source = argument(draw, 1, "p"), draw.args[0]
-    if draw.kwargs.keys() - {"p"}:  # a generator of its own
-        return None, False
-    filled = keep is None
-    if filled and isinstance(source, fx.Node) and op_name(source) in _FILLS and "pinned" not in notes(source):
-        place = 2 if op_name(source) == "new_full" else 1
-        keep = argument(source, place, _FILLS[op_name(source)])
-    return (keep if isinstance(keep, (int, float)) and 0 < keep <= 1 else None), filled
 
 
 def _order(draw: fx.Node) -> tuple[int, ...] | None:

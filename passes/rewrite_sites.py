@@ -36,7 +36,7 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
             node.replace_input_with(operand, source)
     for index, draw in context.draws.items():
         site = context.sites[index]
-        if site.node is not None and not context.options.pattern.drops_weights:
+        if site.node is not None and not site.by_rows and not context.options.pattern.drops_weights:
             _scale(site.node, draw["scale"], site.axis)
     return PassResult(module, bool(context.draws))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dropfx.draws.runtime import shared
-from dropfx.patterns import Block, Draw, Fit, Pattern, Slice, TileDraw, padded_scale
+from dropfx.patterns import AnyDraw, Block, Draw, Fit, Pattern, RowDraw, Slice, TileDraw, padded_scale
 
 if TYPE_CHECKING:
     from dropfx.kernels.draw import DrawLaunch
@@ -120,11 +120,12 @@ class DrawPlan:
         steps = torch.tensor([_signed(slot * _GOLDEN) for slot in range(1, fit.numbers + 1)], dtype=torch.int64)
         return (keys[:, None] + steps).to(self._source)
 
-    def draw_number(self) -> Tensor:
-        """The one number of a call, from the default generator of the device that the draws are made on."""
-        return draw_number(self._source)
+    @property
+    def source(self) -> torch.device:
+        """The device that the draws are made on, from whose default generator a call has its number."""
+        return self._source
 
-    def draw(self, number: Tensor) -> list[Draw | TileDraw]:
+    def draw(self, number: Tensor) -> list[AnyDraw]:
         """All draws of one call from its number (int64 scalar)."""
         # hashed, not added: rank r of one step must not be rank 0 of another
         rank_step = _signed(data_parallel_rank() * _GOLDEN)
@@ -139,9 +140,11 @@ class DrawPlan:
                 draws[index] = self._placed(draw)
         return draws
 
-    def _placed(self, draw: Draw | TileDraw) -> Draw | TileDraw:
+    def _placed(self, draw: AnyDraw) -> AnyDraw:
         if isinstance(draw, TileDraw) or self._source == self.device:
             return draw
+        if isinstance(draw, RowDraw):
+            return draw._replace(rows=draw.rows.to(self.device, non_blocking=True))
         scale = draw.scale
         scale = scale.to(self.device, non_blocking=True) if isinstance(scale, Tensor) else scale
         return draw._replace(starts=draw.starts.to(self.device, non_blocking=True), scale=scale)

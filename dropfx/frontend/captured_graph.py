@@ -17,7 +17,7 @@ from dropfx.draws.runtime import runtime, shared
 from dropfx.draws.site_draws import SiteDraws
 from dropfx.errors import PassError
 from dropfx.frontend.checkpoints import runnable, walk
-from dropfx.frontend.dynamo_graph import Live, results_of
+from dropfx.frontend.dynamo_graph import Live, lengths_of_inputs, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
 from dropfx.frontend.rewrite_captured import Asked, Part, rewrite_captured, take_back_guards
@@ -65,6 +65,7 @@ class CapturedGraph:
         self._compile_inner = compile_inner
         self._naming = Naming([node for node, _ in walk(module)], paths, root)
         self._rates = Rates(module)
+        self._lengths = lengths_of_inputs(module.graph)
         self._results = len(results_of(module.graph))
         self._disabled: Runs | None = None
         self._plain = None if self._naming.drops else self._run(module)
@@ -97,7 +98,7 @@ class CapturedGraph:
             # DDP's graphs are cut at its buckets: Dynamo asks one part for the kinds of the next one's inputs
             return variant.run(*args, *variant.examples)[: self._results]
         with runtime.outermost() if variant.drops else contextlib.nullcontext():
-            drawn = variant.draw()
+            drawn = variant.draw(args)
             outputs = variant.run(*args, *variant.inputs(drawn))
             if runtime.frame is not None:
                 variant.record(drawn, outputs[self._results :])
@@ -119,7 +120,7 @@ class CapturedGraph:
         live: Live = {n: (rates[at], at) for n, at in places.items() if at is not None}
         unknown = {node for node in self._naming.sites if node not in places}
         live = {**live, **dict.fromkeys(unknown, (None, None))}
-        asked = Asked(self._options, self._naming, live, self._compile_inner is None)
+        asked = Asked(self._options, self._naming, live, self._compile_inner is None, lengths=self._lengths)
         try:
             made, parts = rewrite_captured(self._module, asked)
         except PassError as error:
@@ -199,9 +200,9 @@ class Variant:
         self._draws = [SiteDraws(c, [fit for _, fit in k]) for c, k in zip(self.contexts, kinds, strict=True)]
         return True
 
-    def draw(self) -> list[dict[int, Any]]:
-        """Fresh draws of all parts."""
-        return [draws.draw() for draws in self._draws]
+    def draw(self, args: Sequence[Any]) -> list[dict[int, Any]]:
+        """Fresh draws of all parts, for a call of the graph on `args`."""
+        return [draws.draw(args) for draws in self._draws]
 
     def inputs(self, drawn: list[dict[int, Any]]) -> list[Any]:
         """What of the draws enters the graph."""
@@ -227,7 +228,7 @@ def _kind(rate: float, site: Site, options: Options) -> tuple[str, Fit | None]:
     if not site.rewritten or site.fit is None:
         return "drops", None
     try:
-        fit = options.pattern.fit(site.fit.units, rate, site.groups)
+        fit = (site.pattern or options.pattern).fit(site.fit.units, rate, site.groups)
     except PatternRefused:
         return "not drawable", None
     return ("ragged" if fit.ragged else "drawn"), fit

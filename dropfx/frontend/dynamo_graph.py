@@ -115,6 +115,18 @@ def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
         substitute(graph, node, tuple(sizes))
 
 
+def lengths_of_inputs(captured: fx.Graph) -> dict[Any, tuple[int, int | None]]:
+    """Symbol of a size -> number of an input that a call has it of, and its axis where that input is a tensor."""
+    found: dict[Any, tuple[int, int | None]] = {}
+    for place, node in enumerate(captured.find_nodes(op="placeholder")):
+        value = node.meta.get("example_value")
+        sizes: Any = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
+        for dim, size in sizes:
+            if isinstance(size, torch.SymInt):
+                found.setdefault(size.node.expr, (place, dim))
+    return found
+
+
 def _ask_inputs(graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]]) -> None:
     """graph(s0, x [s0, 96]): s0 -> size(x, 0)"""
     inputs: list[tuple[Any, fx.Node]] = [

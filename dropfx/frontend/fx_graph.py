@@ -16,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from dropfx.draws.runtime import runtime
-from dropfx.draws.site_draws import SiteDraws
+from dropfx.draws.site_draws import SiteDraws, fields_of
 from dropfx.errors import InvalidInput, InvalidModel, InvalidOption
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import rate_of
@@ -194,7 +194,7 @@ class Draws(nn.Module):
 
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.places = [(index, field) for index in context.draws for field in context.options.pattern.fields]
+        self.places = [(index, field) for index in context.draws for field in fields_of(context, index)]
         self.record = Record(SiteDraws(context, [site.fit for site in context.sites]))
 
     def forward(self) -> list[Any]:

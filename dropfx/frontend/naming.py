@@ -16,6 +16,7 @@ from dropfx.graph.dropout_ops import (
     DROPOUT_MODULES,
     OTHER_DROPOUTS,
     RECURRENT_FUNCTIONS,
+    UNIFORM,
     Call,
 )
 from dropfx.graph.nodes import op_name
@@ -55,6 +56,8 @@ class Naming:
                 self.others[node] = self._call(path if cls in _OTHER_MODULES else f"{path}:{op_name(node)}")
             elif op_name(node) in BERNOULLI:
                 self.bernoulli[node] = self._call(f"{self._owner(node)[0]}:bernoulli")
+            elif op_name(node) in UNIFORM:
+                self.bernoulli[node] = self._call(f"{self._owner(node)[0]}:rand")
 
     @property
     def drops(self) -> bool:

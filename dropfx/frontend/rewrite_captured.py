@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from dropfx.draws.runtime import numbers_of_their_own
-from dropfx.draws.site_draws import SiteDraws, grouped
+from dropfx.draws.site_draws import SiteDraws, fields_of, grouped
 from dropfx.frontend.checkpoints import checkpoints
 from dropfx.frontend.dynamo_graph import Live, as_it_is, prepare, results_of
 from dropfx.frontend.naming import Naming
@@ -56,6 +56,7 @@ class Asked(NamedTuple):
         live: the rates that may change.
         eager: it runs as Python code, not through a further compiler.
         passes: in place of the pipeline.
+        lengths: where a call has the sizes that may change: of a whole graph, for the bodies of its checkpoints too.
     """
 
     options: Options
@@ -63,6 +64,7 @@ class Asked(NamedTuple):
     live: Live
     eager: bool
     passes: Sequence[Pass] | None = None
+    lengths: Mapping[Any, tuple[int, int | None]] = {}
 
 
 def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
@@ -77,6 +79,7 @@ def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModu
     prepare(module.graph, graph, asked.naming, asked.live, asked.options.groups == "time")
     context = _context(graph, asked)
     graph = run_passes(module, graph, PIPELINE if asked.passes is None else asked.passes, context)
+    _find_batches(context, asked)
     parts = [_bind(module, graph, context, asked)] if context.sites else []
     whole = fx.GraphModule(module, graph)
     for node, body in checkpoints(module, graph):
@@ -96,10 +99,23 @@ def _context(graph: fx.Graph, asked: Asked) -> Context:
     return Context(asked.options, costs, eager=asked.eager)
 
 
+def _find_batches(context: Context, asked: Asked) -> None:
+    """Where a call has the number of samples of each row site; Dynamo guards on one that is read as a number."""
+    for site in context.sites:
+        if not site.by_rows or site.node is None:
+            continue
+        traced = site.node.meta.get("example_value")
+        length = traced.shape[site.axis] if isinstance(traced, Tensor) else None
+        if isinstance(length, torch.SymInt):
+            site.batch = asked.lengths.get(length.node.expr)
+            if site.batch is None:
+                int(length)
+
+
 def _bind(module: fx.GraphModule, graph: fx.Graph, context: Context, asked: Asked) -> Part:
     """List what enters the graph; for a compiler its tensors alone."""
     if asked.eager:
-        inputs = [(index, field) for index in context.draws for field in context.options.pattern.fields]
+        inputs = [(index, field) for index in context.draws for field in fields_of(context, index)]
         return Part(context, inputs, [], len(grouped(context)))
     _lengths_as_tensors(graph, len(results_of(module.graph)), context)
     fakes = detect_fake_mode([n.meta.get("example_value") for n in module.graph.nodes])
@@ -146,17 +162,17 @@ def _tensors_alone(
     graph: fx.Graph, context: Context, fakes: FakeTensorMode | None, naming: Naming
 ) -> tuple[list[tuple[int, str]], list[Tensor]]:
     """Keep the tensors of the draws as inputs, and put the numbers, which never change, in their places."""
-    pattern = context.options.pattern
     with numbers_of_their_own():
         drawn = SiteDraws(context, [site.fit for site in context.sites]).draw()
     inputs: list[tuple[int, str]] = []
     examples: list[Tensor] = []
     for index, nodes in context.draws.items():
+        pattern = context.sites[index].pattern or context.options.pattern
         for field in pattern.fields:
             value = getattr(drawn[index], field)
             if isinstance(value, Tensor):
                 inputs.append((index, field))
-                examples.append(_fake(naming.input_name(field), value, pattern.on_host and field != "lattice", fakes))
+                examples.append(_fake(naming.input_name(field), value, pattern.on_host and field in _VARY, fakes))
                 nodes[field]._dynamo_source = None
             elif field == "width" and pattern.on_host:  # the count of runs, of one unit each
                 with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
@@ -167,13 +183,19 @@ def _tensors_alone(
     return inputs, examples
 
 
+_VARY = ("starts", "rows", "scale")
+"""What of a draw made on the host has another length in another draw."""
+
+
 def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -> Tensor:
     """A draw as the inner compiler sees it; `varies`: by how many units it keeps."""
     if mode is None:
         return value
-    if varies and value.size(-1) < 2:  # a compiler would take a size of 1 for one that never varies
+    if varies and value.dim() and value.size(-1) < 2:  # a compiler would take a size of 1 for one that never varies
         value = value.new_zeros(*value.shape[:-1], 2)
-    sizes = [DimDynamic.STATIC] * (value.dim() - 1) + [DimDynamic.DYNAMIC if varies else DimDynamic.STATIC]
+    sizes = [DimDynamic.STATIC] * value.dim()
+    if varies and value.dim():
+        sizes[-1] = DimDynamic.DYNAMIC
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))
 

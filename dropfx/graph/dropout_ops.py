@@ -50,6 +50,8 @@ OTHER_DROPOUTS: dict[Any, OtherDropout] = {
 
 BERNOULLI = ("bernoulli", "bernoulli_")
 """Operations that a mask may be drawn with; the sites that are made of them are named by their calls."""
+UNIFORM = ("rand", "rand_like")
+"""Operations from whose numbers a mask of rows may be made."""
 
 RECURRENT_FUNCTIONS: dict[Any, str] = {
     torch.lstm: "lstm",
@@ -77,7 +79,8 @@ class Call(NamedTuple):
     """One call of what drops: which one, the number of the call in a forward, and the part of it.
 
     Attributes:
-        what: path of a module; of what a forward calls by itself, "path:dropout" or "path:bernoulli".
+        what: path of a module; of what a forward calls by itself, "path:dropout", "path:bernoulli" or
+            "path:rand".
         part: "dropout[0]" and so on of a recurrent module.
     """
 
@@ -88,7 +91,7 @@ class Call(NamedTuple):
     @property
     def name(self) -> str:
         """As in `record` and `explain` (docs/how_it_works.md, 3)."""
-        if self.what.endswith((":dropout", ":bernoulli")):
+        if self.what.endswith((":dropout", ":bernoulli", ":rand")):
             return f"{self.what}_{self.number}"
         plain = ".".join(filter(None, (self.what, self.part)))
         return plain if self.number == 1 else f"{plain}#{self.number}"
@@ -106,7 +109,7 @@ def may_drop(root: nn.Module) -> bool:
 def makes_masks(root: nn.Module) -> bool:
     """Whether the code of any module below draws as masks made by hand are drawn."""
     classes = {module.__dict__.get("_dropfx_class", type(module)) for module in root.modules()}
-    return any(name in BERNOULLI for cls in classes if _is_users(cls) for name in _names_in(cls))
+    return any(name in (*BERNOULLI, *UNIFORM) for cls in classes if _is_users(cls) for name in _names_in(cls))
 
 
 def _is_users(cls: type) -> bool:
@@ -121,7 +124,7 @@ def _drops(module: nn.Module) -> bool:
     cls = module.__dict__.get("_dropfx_class", type(module))
     if isinstance(module, torch.jit.ScriptModule) or not _is_users(cls):
         return False
-    return any("dropout" in name.lower() or name in BERNOULLI for name in _names_in(cls))
+    return any("dropout" in name.lower() or name in (*BERNOULLI, *UNIFORM) for name in _names_in(cls))
 
 
 def _names_in(cls: type) -> Iterator[str]:

@@ -43,6 +43,7 @@ class Notes(TypedDict, total=False):
     after_effects: front end: how many of those lie before the node, past which nothing may be moved.
     site, recurrent: front end: a dropout, a recurrent function with dropouts between its layers.
     bernoulli, other: front end: the name of a draw that may make a mask, of a dropout that runs as written.
+    by_rows: skip_rows: what draws a mask of rows that runs as written.
     pinned: functionalize: its memory is written to in place; no pass makes it compact or reads it elsewhere.
     functional: functionalize, of its own: made of a write in place just now.
     steps_second: time_major: a site whose steps lie on the second axis in the model.
@@ -64,6 +65,7 @@ class Notes(TypedDict, total=False):
     recurrent: Dropping
     bernoulli: Call
     other: Call
+    by_rows: bool
     pinned: bool
     functional: bool
     steps_second: bool

@@ -18,7 +18,7 @@ from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.nodes import clean_up
 from dropfx.options import Options
-from dropfx.patterns import Fit
+from dropfx.patterns import Fit, Pattern
 
 
 @dataclass
@@ -35,6 +35,11 @@ class Site:
         groups: draws per call.
         steps_second: the groups are steps, which lie on the tensor's second axis as the model has it.
         weights: shapes of the weights that drop tiles for it.
+        by_rows: it drops whole samples of a branch; its axis is that of the samples, `leading` their number.
+        batch: where a call has the number of samples: an input of the graph, and an axis of it where that is a tensor;
+            None: it never changes.
+        kept: what a row site multiplies kept rows by.
+        pattern: that it is drawn by; None until one is chosen.
         fit: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
     """
@@ -49,6 +54,10 @@ class Site:
     groups: int = 1
     steps_second: bool = False
     weights: list[tuple[int, int]] = field(default_factory=list)
+    by_rows: bool = False
+    batch: tuple[int, int | None] | None = None
+    kept: float = 1.0
+    pattern: Pattern | None = None
     fit: Fit | None = None
     reason: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -12,8 +12,11 @@ from dropfx.patterns.base import (
 )
 from dropfx.patterns.block import Block
 from dropfx.patterns.lattice import Row, Tile
+from dropfx.patterns.rows import RowDraw, Rows
 from dropfx.patterns.search import default_max_period, search
 from dropfx.patterns.slice import Slice
+
+AnyDraw = Draw | TileDraw | RowDraw
 
 BY_NAME: dict[str, type[Block] | type[Slice] | type[Row] | type[Tile]] = {
     "block": Block,
@@ -25,6 +28,7 @@ BY_NAME: dict[str, type[Block] | type[Slice] | type[Row] | type[Tile]] = {
 __all__ = [
     "BY_NAME",
     "MAX_RATE_ERROR",
+    "AnyDraw",
     "Block",
     "Draw",
     "TileDraw",
@@ -32,6 +36,8 @@ __all__ = [
     "PatternRefused",
     "Fit",
     "Row",
+    "RowDraw",
+    "Rows",
     "Slice",
     "Tile",
     "default_max_period",

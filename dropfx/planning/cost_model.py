@@ -212,7 +212,7 @@ def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        times = _node_times(node, context)
+        times = node_times(node, context)
         written, planned = written + times[0], planned + times[1]
         around = sites_of(node)
         for index in around:
@@ -231,7 +231,7 @@ def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
     return written, planned
 
 
-def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
+def node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     """Seconds of one operation, as written and as planned, without conversions."""
     costs, (elements, itemsize) = context.costs, _size(node)
     reads, makes = forms_of(node)
@@ -249,10 +249,8 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     passes *= 2 if notes(node).get("asks_gradient") else 1
     if op_name(node) in _FREE or elements == 0:
         return 0.0, 0.0
-    if op_name(node) in _MATMULS:
-        operands = [value for o in node.all_input_nodes if (value := value_of(o)) is not None]
-        inner = max((v.size(-1) for v in operands), default=1)
-        time = 3 * costs.gemm(elements // max(_size_of_last(node), 1), _size_of_last(node), inner, itemsize)
+    if is_costly(node):
+        time = 3 * sum(costs.gemm(m, n, k, itemsize) for m, n, k in _products(node))
         return time, time
     if drops(node):
         kept, dense = _site_times(elements, itemsize, keep_out, costs)
@@ -266,7 +264,28 @@ def _node_times(node: fx.Node, context: Context) -> tuple[float, float]:
 
 _FREE = frozenset([*COPIES, *PERMUTATIONS, *RESHAPES, "getitem", "size", "expand", "expand_as", "select", *SPLITS])
 """Views, and what is free as far as it is one."""
-_MATMULS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_ATTENTION = "scaled_dot_product_attention"
+_MATMULS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", _ATTENTION)
+_CONVOLUTIONS = tuple(f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3))
+
+
+def is_costly(node: fx.Node) -> bool:
+    """Whether a node multiplies matrices, or computes as much."""
+    return op_name(node) in (*_MATMULS, *_CONVOLUTIONS, "linear")
+
+
+def _products(node: fx.Node) -> list[tuple[int, int, int]]:
+    """(M, N, K) of the matrix products that an operation amounts to, forward."""
+    values = [value for o in node.all_input_nodes if (value := value_of(o)) is not None]
+    elements, last = _size(node)[0], max(_size_of_last(node), 1)
+    if op_name(node) in _CONVOLUTIONS and len(values) > 1:
+        channels = max(value_of(node).size(1), 1)  # type: ignore[union-attr]
+        return [(elements // channels, channels, values[1].numel() // channels)]
+    if op_name(node) == _ATTENTION and len(values) > 2:
+        query, key, value = values[:3]
+        rows, seen = query.numel() // max(query.size(-1), 1), key.size(-2)
+        return [(rows, seen, query.size(-1)), (rows, value.size(-1), seen)]
+    return [(elements // last, last, max((v.size(-1) for v in values), default=1))]
 
 
 def kept_share(form: Form | None, context: Context) -> float:

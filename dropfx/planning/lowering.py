@@ -123,10 +123,10 @@ class _Example:
         known: dict[fx.Node, Any] = {}
         for index, nodes in context.draws.items():
             site = context.sites[index]
-            if site.fit is None:
+            if site.fit is None or site.pattern is None:
                 continue
-            plan = DrawPlan([site.name], [site.fit], context.options.pattern, device)
-            source = "cpu" if context.options.pattern.on_host else device
+            plan = DrawPlan([site.name], [site.fit], site.pattern, device)
+            source = "cpu" if site.pattern.on_host else device
             (draw,) = plan.draw(torch.zeros((), dtype=torch.int64, device=source))
             for name, node in nodes.items():
                 known[node] = site.leading if name == "leading" else getattr(draw, name)

@@ -10,7 +10,8 @@ from dropfx.graph.nodes import argument, value_of
 from dropfx.graph.notes import UnitAxis, notes
 
 
-def _pointwise_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
+def pointwise_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
+    """The operands that are as long as the output on the axis; the others broadcast there."""
     out = value_of(node)
     if out is None:
         return None
@@ -79,7 +80,7 @@ def threshold_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
 
 def pointwise(zero: Zero) -> AxisRule:
     """The row of an operation element by element; `zero`: where its result is 0 at dropped units."""
-    return AxisRule(_pointwise_operands, _pointwise_output, zero, pointwise=True)
+    return AxisRule(pointwise_operands, _pointwise_output, zero, pointwise=True)
 
 
 def first_operand(node: fx.Node, axis: UnitAxis) -> Operands | None:
