@@ -13,8 +13,9 @@ from torch import fx
 from dropfx.graph.axis_rules.pointwise import first_operand, pointwise_operands
 from dropfx.graph.axis_rules.rule import Operands
 from dropfx.graph.axis_rules.table import rule_of
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, value_of
-from dropfx.graph.notes import UnitAxis
+from dropfx.graph.notes import UnitAxis, notes
 
 SampleRule = Callable[[fx.Node, UnitAxis], Operands | None]
 """(node, output axis of the samples) -> their axis in each operand that has them; None where samples mix."""
@@ -164,6 +165,8 @@ def samples_of_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
 
     Operands that are left out are shared by all samples.
     """
+    if node.target in DROPOUT_FUNCTIONS:
+        return first_operand(node, axis) if "site" in notes(node) and notes(node)["site"].rate == 0 else None
     if (rule := SAMPLE_RULES.get(op_name(node))) is not None:
         return rule(node, axis) if value_of(node) is not None else None
     known = rule_of(node)
