@@ -213,12 +213,15 @@ class _Substitute(TorchFunctionMode):
 
     def _uniform(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Numbers in [0, 1) of which a model makes a mask of rows: those of kept rows lie above any threshold."""
-        drawn: Tensor = func(*args, **kwargs)
         mask = self._masks.get(self._draw_name("rand"))
-        if mask is not None and mask.numel() == drawn.numel():
-            kept = (mask != 0).view(drawn.shape)
-            drawn = torch.where(kept, 1 - torch.finfo(drawn.dtype).eps, 0.0).to(drawn.dtype)
-            self._rows[id(drawn)] = drawn, kept  # where it is kept below a threshold
+        if mask is None:
+            found: Tensor = func(*args, **kwargs)
+            return found
+        # nothing is drawn: what draws behind it draws as in the rewritten model
+        drawn = (torch.zeros if func is torch.rand else torch.zeros_like)(*args, **kwargs)
+        kept = (mask != 0).view(drawn.shape)
+        drawn.masked_fill_(kept, 1 - torch.finfo(drawn.dtype).eps)
+        self._rows[id(drawn)] = drawn, kept  # where it is kept below a threshold
         return drawn
 
     def _draw_name(self, kind: str) -> str:

@@ -46,7 +46,7 @@ def skip_rows(module: fx.GraphModule, context: Context) -> PassResult:
 def _site(mask: RowMask) -> Site:
     value = value_of(mask.x)
     assert value is not None
-    site = Site(mask.call, mask.rate, node=mask.product, pattern=ROWS, kept=mask.kept)
+    site = Site(mask.call, mask.rate, node=mask.product, pattern=ROWS, kept=mask.kept, mask_value=mask.value)
     site.device, site.dtype, site.rank, site.by_rows = value.device, value.dtype, value.dim(), True
     if mask.dim is None:
         site.reason = "one random number decides for the whole batch: there are no rows to skip"

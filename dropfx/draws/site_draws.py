@@ -97,7 +97,7 @@ class SiteDraws:
             elif isinstance(draw, RowDraw):
                 shape = [1] * site.rank
                 shape[site.axis] = -1
-                frame.note(site.call, draw.mask(site.dtype).view(shape) * site.kept)
+                frame.note(site.call, draw.mask(site.dtype).view(shape) * site.mask_value)
             else:
                 frame.note(site.call, _multiplier(site, draw, lengths.get(index)))
 

@@ -117,8 +117,15 @@ _POSITIONAL_INPLACE = {"relu": 1, "dropout": 3, "silu": 1, "elu": 2, "leaky_relu
 
 
 def clean_up(graph: fx.Graph) -> bool:
-    """What every pass ends with: dead nodes out, and the graph checked; whether there were any."""
-    modified = graph.eliminate_dead_code(is_impure_node=impure)
+    """What every pass ends with: dead nodes out, and the graph checked; whether there were any.
+
+    `Graph.eliminate_dead_code` goes on into the bodies of checkpoints, where it takes writes in place for dead.
+    """
+    modified = False
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not impure(node):
+            graph.erase_node(node)
+            modified = True
     graph.lint()
     return modified
 

@@ -38,7 +38,8 @@ class Site:
         by_rows: it drops whole samples of a branch; its axis is that of the samples, `leading` their number.
         batch: where a call has the number of samples: an input of the graph, and an axis of it where that is a tensor;
             None: it never changes.
-        kept: what a row site multiplies kept rows by.
+        mask_value: of a row site's mask for a kept row.
+        kept: what a row site multiplies kept rows by, with the numbers around its mask.
         pattern: that it is drawn by; None until one is chosen.
         fit: the pattern fitted to the axis, None where it does not fit.
         reason: why the site runs as written, "" where it is rewritten.
@@ -56,6 +57,7 @@ class Site:
     weights: list[tuple[int, int]] = field(default_factory=list)
     by_rows: bool = False
     batch: tuple[int, int | None] | None = None
+    mask_value: float = 1.0
     kept: float = 1.0
     pattern: Pattern | None = None
     fit: Fit | None = None

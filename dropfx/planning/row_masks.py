@@ -34,7 +34,8 @@ class RowMask:
         body: from x's reader to the product.
         chain: from the random numbers to the mask, in the order of the graph.
         rate: the probability that a row is dropped.
-        kept: what the kept rows are multiplied by.
+        value: of the mask for a kept row.
+        kept: what kept rows are multiplied by in all, from x to the product.
         dim: the axis of the samples in x, counted from the front; None where one value drops all of them.
     """
 
@@ -44,6 +45,7 @@ class RowMask:
     body: list[fx.Node]
     chain: list[fx.Node]
     rate: float
+    value: float
     kept: float
     dim: int | None
 
@@ -74,16 +76,13 @@ def _row_mask(source: fx.Node) -> RowMask | None:
     if rate is None:
         return None
     (x, at), kept, body = found, levels[1], [product]
-    if source.target is F.dropout:  # which is recorded as what it is
-        whole = RowMask(_call(source), product, x, body, chain, rate, kept, at)
-        return whole if math.isclose(kept * (1 - rate), 1) else None
     if (factor := _factor(x, argument(x, 0, "input"))) is not None and len(x.users) == 1:
         body.insert(0, x)
         x, kept = argument(x, 0, "input"), kept * factor
     while len(product.users) == 1 and (factor := _factor(next(iter(product.users)), product)) is not None:
         product, kept = next(iter(product.users)), kept * factor
         body.append(product)
-    return RowMask(_call(source), product, x, body, chain, rate, kept, at)
+    return RowMask(_call(source), product, x, body, chain, rate, levels[1], kept, at)
 
 
 def _factor(node: fx.Node, operand: Any) -> float | None:

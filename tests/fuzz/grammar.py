@@ -163,6 +163,24 @@ DROPOUTS = [
         "t = {v}.new_empty({v}.shape[:1] + (1,) * ({v}.dim() - 1)).bernoulli_({keep}) / {keep}\n$ = {w} + {v} * t",
     ),
     *rules(
+        "row branch",
+        3,
+        units,
+        *(
+            f"t = {mask}\n$ = {sum}"
+            for mask in (
+                "{v}.new_empty({v}.shape[:1] + (1,) * ({v}.dim() - 1)).bernoulli_({keep}).div_({keep})",
+                "({keep} + torch.rand({v}.shape[:1] + (1,) * ({v}.dim() - 1), dtype={v}.dtype)).floor_() / {keep}",
+                "F.dropout(torch.ones({v}.shape[:1] + (1,) * ({v}.dim() - 1), dtype={v}.dtype), {p})",
+            )
+            for sum in (
+                "{v} + t * {linear}(torch.tanh({linear}({v})))",
+                "{v} + {linear}({v} * {w}.mean(-1, keepdim=True)) * t * 0.5",
+                "{linear}({drop}({v})) * t + {v}",
+            )
+        ),
+    ),
+    *rules(
         "shared mask", 1, rank(3), "$ = {v} * {v}.new_empty({v}.size(0), 1, {v}.size(2)).bernoulli_({keep}).div({keep})"
     ),
     *rules("adjacency", 3, any_shape, "$ = {drop}(a) @ {linear_of_nodes}(f)", "$ = a @ {linear_of_nodes}({drop}(f))"),
@@ -180,6 +198,8 @@ DROPOUTS = [
         "$ = torch.utils.checkpoint.checkpoint(lambda t: {linear}({drop}(t)), {v}, use_reentrant=False)",
         "$ = torch.utils.checkpoint.checkpoint(lambda t: {linear}({drop}(t)), {v}, use_reentrant=True)",
         "$ = torch.utils.checkpoint.checkpoint({block}, {v}, use_reentrant=False)",
+        "def body(t):\n    t = {linear}({drop}(t)) * 1.0\n    t.mul_(0.5)\n    return t\n"
+        "$ = torch.utils.checkpoint.checkpoint(body, {v}, use_reentrant=False)",
     ),
     *rules(
         "region",

@@ -58,6 +58,8 @@ class Masked(TorchFunctionMode):
             return self.dropout(func, *args, **kwargs)
         if func in DRAWS:
             return self.bernoulli(func, *args, **kwargs)
+        if func is torch.rand:
+            return self.uniform(func, *args, **kwargs)
         if func in RECURRENT and isinstance(args[2], (list, tuple)):
             return self.recurrent(func, *args)
         if func is F.linear and self.tiled:
@@ -98,8 +100,17 @@ class Masked(TorchFunctionMode):
         mask = self.mask(f"{self.path}:bernoulli_{self.numbered(f'{self.path}:bernoulli')}")
         if mask is None:
             return func(input, *(() if p is None else (p,)), **kwargs)
-        drawn = (mask * (input if p is None else p)).expand(input.shape)
+        drawn = mask != 0 if of_rows(mask) else mask * (input if p is None else p)
+        drawn = drawn.to(input.dtype).expand(input.shape)
         return input.copy_(drawn) if func is Tensor.bernoulli_ else drawn.to(input.dtype)
+
+    def uniform(self, func: Any, *sizes: Any, **kwargs: Any) -> Tensor:
+        """The programs keep a row where its number is high."""
+        mask = self.mask(f"{self.path}:rand_{self.numbered(f'{self.path}:rand')}")
+        if mask is None:
+            return func(*sizes, **kwargs)
+        like = torch.zeros(*sizes, **kwargs)
+        return (mask != 0).to(like.dtype).view(like.shape) * 0.999
 
     def recurrent(self, func: Any, x: Tensor, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, ...]:
         biases, layers, p, train, both, batch_first = rest
@@ -245,3 +256,8 @@ def merged(frames: list[Masks]) -> Masks | None:
     if len(set(names)) < len(names) or (len(frames) > 1 and numbered):
         return None
     return {name: mask for frame in frames for name, mask in frame.items()}
+
+
+def of_rows(mask: Tensor) -> bool:
+    """Whether a mask has one value a sample."""
+    return mask.dim() > 1 and mask.size(-1) == 1

@@ -47,6 +47,7 @@ DROPOUT_FUNCTIONS: dict[Callable[..., Any], Callable[..., Arguments]] = {
 
 BERNOULLI = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
 """Draws of masks that models make by hand, and divide by the probability."""
+UNIFORM = (torch.rand, torch.rand_like)
 
 
 @dataclasses.dataclass
@@ -107,10 +108,10 @@ class SitePaths:
         self.functional[path] += 1
         return f"{path}:dropout_{self.functional[path]}"
 
-    def draw_name(self) -> str:
+    def draw_name(self, kind: str = "bernoulli") -> str:
         path, _ = self.stack[-1]
-        self.draws[path] += 1
-        return f"{path}:bernoulli_{self.draws[path]}"
+        self.draws[f"{path}:{kind}"] += 1
+        return f"{path}:{kind}_{self.draws[f'{path}:{kind}']}"
 
     def gap_names(self, gaps: int) -> list[str]:
         """Of the dropouts behind the layers of the recurrent module that is running."""
@@ -133,6 +134,10 @@ class ReplaceDropout(TorchFunctionMode):
         if func in BERNOULLI and (name := self.paths.draw_name()) in self.masks:
             self.used.add(name)
             return bernoulli(func, self.masks[name], *args, **kwargs)
+        if func in UNIFORM and (name := self.paths.draw_name("rand")) in self.masks:
+            self.used.add(name)
+            # nothing is drawn: what draws behind it draws as in a model without it
+            return uniform((torch.zeros if func is torch.rand else torch.zeros_like)(*args, **kwargs), self.masks[name])
         if func in RECURRENT_FUNCTIONS and len(args) == 9 and isinstance(args[2], (list, tuple)):
             return self.by_layers(func, LayersCall(*args))
         if func not in DROPOUT_FUNCTIONS:
@@ -180,8 +185,14 @@ def bernoulli(func: Callable[..., Any], mask: Tensor, like: Tensor, p: float | N
 
     Without p `like` holds the probabilities.
     """
-    drawn = (mask * (like if p is None else p)).to(like.dtype).expand(like.shape)
+    of_rows = mask.dim() > 1 and mask.size(-1) == 1
+    drawn = (mask != 0 if of_rows else mask * (like if p is None else p)).to(like.dtype).expand(like.shape)
     return like.copy_(drawn) if func is Tensor.bernoulli_ else drawn
+
+
+def uniform(like: Tensor, mask: Tensor) -> Tensor:
+    """Numbers in [0, 1) that lie above any threshold for the rows that a mask keeps, which is how models keep them."""
+    return (mask != 0).to(like.dtype).view(like.shape) * (1 - torch.finfo(like.dtype).eps)
 
 
 def multiply(x: Tensor, mask: Tensor, inplace: bool, name: str) -> Tensor:

@@ -211,6 +211,28 @@ def test_draws_in_a_checkpoint_that_nobody_reads() -> None:
     assert torch.equal(after, torch.rand(4))
 
 
+@pytest.mark.parametrize("options", [{}, {"inner": "eager"}, {"inner": "aot_eager"}], ids=str)
+def test_a_write_in_a_checkpoint_whose_result_nobody_reads(options: dict[str, Any]) -> None:
+    """torch.fx takes it for dead: its elimination goes into the bodies of checkpoints by rules of its own."""
+
+    def body(m: Net, x: Tensor) -> Tensor:
+        hidden = m.a(x)
+        hidden.mul_(0.25)
+        return hidden
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        return m.b(m.d(checkpoint(body, m, x, use_reentrant=False)))
+
+    torch._dynamo.reset()
+    original = Net(forward)
+    model = copy.deepcopy(original)
+    if options:
+        model.compile(backend="dropfx", options={**options, "min_speedup": 0})
+    else:
+        dropfx.compile(model, min_speedup=0)
+    check_step(original, model, (torch.randn(8, 32),))
+
+
 def written_behind_a_dropout_of_nothing(m: Net, x: Tensor) -> Tensor:
     hidden = m.a(x)
     same = m.d(hidden)
