@@ -22,6 +22,7 @@ from dropfx.passes.join_cats import join_cats
 from dropfx.passes.join_cells import join_cells
 from dropfx.passes.join_recurrent import join_recurrent
 from dropfx.passes.keep_layouts import keep_layouts
+from dropfx.passes.keep_rows import keep_rows
 from dropfx.passes.keep_weights import keep_weights
 from dropfx.passes.lower import lower
 from dropfx.passes.plan_regions import plan_regions
@@ -38,7 +39,7 @@ from dropfx.passes.rewrite_views import rewrite_views
 from dropfx.passes.skip_rows import skip_rows
 from dropfx.passes.time_major import time_major
 
-AS_WRITTEN = (functionalize, recognise_masks)
+AS_WRITTEN = (functionalize, recognise_masks, keep_rows)
 """Gives masks made by hand the form of dropouts, which `dropfx.disabled` can turn off."""
 
 # The phases:

@@ -17,7 +17,7 @@ from dropfx.draws.runtime import runtime, shared
 from dropfx.draws.site_draws import SiteDraws
 from dropfx.errors import PassError
 from dropfx.frontend.checkpoints import runnable, walk
-from dropfx.frontend.dynamo_graph import Live, lengths_of_inputs, results_of
+from dropfx.frontend.dynamo_graph import Lengths, Live, lengths_of_inputs, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.frontend.rates import Rates
 from dropfx.frontend.rewrite_captured import Asked, Part, rewrite_captured, take_back_guards
@@ -116,11 +116,21 @@ class CapturedGraph:
         return self.variants[0]
 
     def _rewrite(self, rates: tuple[float, ...]) -> Variant:
+        made = self._try(rates, self._lengths)
+        if made is None and self._lengths:  # for a batch of one size a compiler knows how many rows there can be
+            made = self._try(rates, {})
+        if made is not None:
+            return made
+        self._give_up("a compiler took for granted how many units are kept, which changes from draw to draw")
+        return Variant([], rates, self._options, self._run(self._module), [])
+
+    def _try(self, rates: tuple[float, ...], lengths: Lengths) -> Variant | None:
+        """The graph for some rates; None where a compiler fixed what draws keep."""
         places = self._rates.places
         live: Live = {n: (rates[at], at) for n, at in places.items() if at is not None}
         unknown = {node for node in self._naming.sites if node not in places}
         live = {**live, **dict.fromkeys(unknown, (None, None))}
-        asked = Asked(self._options, self._naming, live, self._compile_inner is None, lengths=self._lengths)
+        asked = Asked(self._options, self._naming, live, self._compile_inner is None, lengths=lengths)
         try:
             made, parts = rewrite_captured(self._module, asked)
         except PassError as error:
@@ -132,10 +142,7 @@ class CapturedGraph:
             made = self._module
         examples = [example for part in parts for example in part.examples]
         run = self._run(made, examples)
-        if take_back_guards(examples):
-            self._give_up("a compiler took for granted how many units are kept, which changes from draw to draw")
-            run, parts, examples = self._run(self._module), [], []
-        return Variant(parts, rates, self._options, run, examples)
+        return None if take_back_guards(examples) else Variant(parts, rates, self._options, run, examples)
 
     def _give_up(self, why: str) -> None:
         self.failed = why

@@ -115,8 +115,12 @@ def _spell_out_sizes(captured: fx.Graph, graph: fx.Graph) -> None:
         substitute(graph, node, tuple(sizes))
 
 
-def lengths_of_inputs(captured: fx.Graph) -> dict[Any, tuple[int, int | None]]:
-    """Symbol of a size -> number of an input that a call has it of, and its axis where that input is a tensor."""
+Lengths = Mapping[Any, tuple[int, int | None]]
+"""Symbol of a size -> number of an input that a call has it of, and its axis where that input is a tensor."""
+
+
+def lengths_of_inputs(captured: fx.Graph) -> Lengths:
+    """Where a call has the sizes that may change from call to call."""
     found: dict[Any, tuple[int, int | None]] = {}
     for place, node in enumerate(captured.find_nodes(op="placeholder")):
         value = node.meta.get("example_value")

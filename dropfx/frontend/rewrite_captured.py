@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext, constrain_range
 
 from dropfx.draws.runtime import numbers_of_their_own
 from dropfx.draws.site_draws import SiteDraws, fields_of, grouped
 from dropfx.frontend.checkpoints import checkpoints
-from dropfx.frontend.dynamo_graph import Live, as_it_is, prepare, results_of
+from dropfx.frontend.dynamo_graph import Lengths, Live, as_it_is, prepare, results_of
 from dropfx.frontend.naming import Naming
 from dropfx.graph.device_costs import costs_of
 from dropfx.graph.nodes import copy_of, substitute
@@ -64,7 +64,7 @@ class Asked(NamedTuple):
     live: Live
     eager: bool
     passes: Sequence[Pass] | None = None
-    lengths: Mapping[Any, tuple[int, int | None]] = {}
+    lengths: Lengths = {}
 
 
 def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
@@ -172,7 +172,11 @@ def _tensors_alone(
             value = getattr(drawn[index], field)
             if isinstance(value, Tensor):
                 inputs.append((index, field))
-                examples.append(_fake(naming.input_name(field), value, pattern.on_host and field in _VARY, fakes))
+                varies = pattern.on_host and field in _VARY and value.dim() > 0
+                examples.append(made := _fake(naming.input_name(field), value, varies, fakes))
+                fit = context.sites[index].fit
+                if varies and fit is not None and context.sites[index].batch is None:
+                    constrain_range(made.size(-1), min=1, max=fit.units)
                 nodes[field]._dynamo_source = None
             elif field == "width" and pattern.on_host:  # the count of runs, of one unit each
                 with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
@@ -191,10 +195,10 @@ def _fake(name: str, value: Tensor, varies: bool, mode: FakeTensorMode | None) -
     """A draw as the inner compiler sees it; `varies`: by how many units it keeps."""
     if mode is None:
         return value
-    if varies and value.dim() and value.size(-1) < 2:  # a compiler would take a size of 1 for one that never varies
+    if varies and value.size(-1) < 2:  # a compiler would take a size of 1 for one that never varies
         value = value.new_zeros(*value.shape[:-1], 2)
     sizes = [DimDynamic.STATIC] * value.dim()
-    if varies and value.dim():
+    if varies:
         sizes[-1] = DimDynamic.DYNAMIC
     context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"dropfx_{name}"))

@@ -36,6 +36,7 @@ class RowMask:
         rate: the probability that a row is dropped.
         value: of the mask for a kept row.
         kept: what kept rows are multiplied by in all, from x to the product.
+        whole: what rows are multiplied by where nothing drops: `kept` without the compensation for dropped ones.
         dim: the axis of the samples in x, counted from the front; None where one value drops all of them.
     """
 
@@ -47,6 +48,7 @@ class RowMask:
     rate: float
     value: float
     kept: float
+    whole: float
     dim: int | None
 
 
@@ -75,14 +77,19 @@ def _row_mask(source: fx.Node) -> RowMask | None:
     rate = measure(outcomes != 0, chain)
     if rate is None:
         return None
-    (x, at), kept, body = found, levels[1], [product]
+    (x, at), factors, body = found, [], [product]
     if (factor := _factor(x, argument(x, 0, "input"))) is not None and len(x.users) == 1:
+        factors.append(factor)
         body.insert(0, x)
-        x, kept = argument(x, 0, "input"), kept * factor
+        x = argument(x, 0, "input")
     while len(product.users) == 1 and (factor := _factor(next(iter(product.users)), product)) is not None:
-        product, kept = next(iter(product.users)), kept * factor
+        factors.append(factor)
+        product = next(iter(product.users))
         body.append(product)
-    return RowMask(_call(source), product, x, body, chain, rate, levels[1], kept, at)
+    kept, whole = levels[1] * math.prod(factors), math.prod(factors)
+    if levels[1] == 1 and any(math.isclose(factor * (1 - rate), 1, rel_tol=1e-6) for factor in factors):
+        whole *= 1 - rate
+    return RowMask(_call(source), product, x, body, chain, rate, levels[1], kept, whole, at)
 
 
 def _factor(node: fx.Node, operand: Any) -> float | None:
