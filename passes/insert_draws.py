@@ -22,9 +22,7 @@ def insert_draws(module: fx.GraphModule, context: Context) -> PassResult:
     with graph.inserting_before(first_other):
         for index, site in enumerate(context.sites):
             if site.rewritten and site.pattern is not None and not site.by_rows:
-                context.draws[index] = {
-                    field: graph.placeholder(f"{field}_{index}") for field in site.pattern.fields
-                }
+                context.draws[index] = {field: graph.placeholder(f"{field}_{index}") for field in site.pattern.fields}
     if context.options.grouped:
         _insert_rows(graph, context)
     return PassResult(module, bool(context.draws))

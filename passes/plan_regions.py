@@ -36,7 +36,9 @@ def plan_regions(module: fx.GraphModule, context: Context) -> PassResult:
         notes(node)["one_piece"] = in_one_piece(node, context)
     _prefer_reasons_of_neighbours(module, context)
     # a pattern of tiles has fitted nothing to an axis of units
-    candidates = [i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None and not site.by_rows]
+    candidates = [
+        i for i, site in enumerate(context.sites) if site.rewritten and site.fit is not None and not site.by_rows
+    ]
     for _ in range(_SWEEPS):
         before = {i: choice.compact for i, choice in chosen.items()}
         for index in candidates:

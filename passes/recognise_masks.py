@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.emit import Emitter, fake_value
-from dropfx.graph.nodes import argument, insert, op_name, value_of
+from dropfx.graph.nodes import insert, op_name, value_of
 from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
@@ -26,6 +26,7 @@ from dropfx.planning.fills import probability
 
 _EXPANSIONS = ("expand", "expand_as")
 _BROADCASTS = (*_EXPANSIONS, "unsqueeze", "detach")
+
 
 def recognise_masks(module: fx.GraphModule, context: Context) -> PassResult:
     """Replace the masks of which nothing but products of units are made."""

@@ -64,6 +64,9 @@ def _branch(site: Site, mask: RowMask, context: Context) -> Branch | None:
     if context.options.pattern.drops_weights:
         site.reason = "it drops rows, and pattern='tile' drops parts of weights"
         return None
+    if not context.knows_batches:
+        site.reason = "how many samples a call has is known only inside of a graph of torch.fx"
+        return None
     branch = grow(mask, UnitAxis(site.axis))
     written, planned = worth(branch, mask, site.rate, context)
     site.predicted_speedup = written / planned

@@ -15,7 +15,6 @@ from dropfx.ops.groups import by_row
 from dropfx.ops.triton_available import why_no_kernels
 from dropfx.patterns import AnyDraw, Draw, Fit, Pattern, RowDraw, Tile, TileDraw
 
-
 _BATCHES = 64
 """Sizes of batches for which plans of row sites are kept."""
 

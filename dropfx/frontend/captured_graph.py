@@ -207,8 +207,8 @@ class Variant:
         self._draws = [SiteDraws(c, [fit for _, fit in k]) for c, k in zip(self.contexts, kinds, strict=True)]
         return True
 
-    def draw(self, args: Sequence[Any]) -> list[dict[int, Any]]:
-        """Fresh draws of all parts, for a call of the graph on `args`."""
+    def draw(self, args: Sequence[Any] | None = None) -> list[dict[int, Any]]:
+        """Fresh draws of all parts, for a call of the graph on `args`; None: for a batch as large as the traced one."""
         return [draws.draw(args) for draws in self._draws]
 
     def inputs(self, drawn: list[dict[int, Any]]) -> list[Any]:

@@ -128,7 +128,8 @@ def rewrite(
             module.training = training
     results = _flat_results(graph)
     devices = [v.device for n in graph.nodes if isinstance(v := notes(n).get("val"), Tensor)]
-    context = Context(checked, costs_of(devices[0] if devices else torch.device("cpu")))
+    costs = costs_of(devices[0] if devices else torch.device("cpu"))
+    context = Context(checked, costs, knows_batches=False)
     graph = run_passes(graph_module, graph, PIPELINE, context)
     made = fx.GraphModule(graph_module, graph, class_name="Rewritten")
     _draw_inside(made, context, results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,7 +65,7 @@ class Asked(NamedTuple):
     live: Live
     eager: bool
     passes: Sequence[Pass] | None = None
-    lengths: Lengths = {}
+    lengths: Lengths = MappingProxyType({})
 
 
 def rewrite_captured(module: fx.GraphModule, asked: Asked) -> tuple[fx.GraphModule, list[Part]]:
@@ -105,7 +106,7 @@ def _find_batches(context: Context, asked: Asked) -> None:
         if not site.by_rows or site.node is None:
             continue
         traced = site.node.meta.get("example_value")
-        length = traced.shape[site.axis] if isinstance(traced, Tensor) else None
+        length: Any = traced.shape[site.axis] if isinstance(traced, Tensor) else None
         if isinstance(length, torch.SymInt):
             site.batch = asked.lengths.get(length.node.expr)
             if site.batch is None:
@@ -176,7 +177,8 @@ def _tensors_alone(
                 examples.append(made := _fake(naming.input_name(field), value, varies, fakes))
                 fit = context.sites[index].fit
                 if varies and fit is not None and context.sites[index].batch is None:
-                    constrain_range(made.size(-1), min=1, max=fit.units)
+                    counted: Any = made.size(-1)
+                    constrain_range(counted, min=1, max=fit.units)
                 nodes[field]._dynamo_source = None
             elif field == "width" and pattern.on_host:  # the count of runs, of one unit each
                 with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):

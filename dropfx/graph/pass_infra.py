@@ -88,6 +88,7 @@ class Context:
         options: the user's.
         costs: the device's.
         eager: the graph runs as plain Python, not through a further compiler.
+        knows_batches: its caller can tell how many samples a call has, before the graph runs.
         sites: filled by find_sites, decided by plan_regions.
         draws: site index -> placeholder nodes, filled by insert_draws.
         lowerings: gathered op and its sites -> lowering and why, where there was a choice; filled by lower.
@@ -99,6 +100,7 @@ class Context:
     options: Options
     costs: DeviceCosts
     eager: bool = True
+    knows_batches: bool = True
     sites: list[Site] = field(default_factory=list)
     draws: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
     lowerings: dict[str, str] = field(default_factory=dict)

@@ -17,18 +17,18 @@ class RowDraw(NamedTuple):
 
     Attributes:
         rows: int64 [k], ascending, k >= 1.
-        scale: 1; 0 where no row was to be kept, and one runs all the same.
+        scale: 1, for a compiler as a tensor; 0 where no row was to be kept, and one runs all the same.
         fit: the pattern fitted to the batch.
     """
 
     rows: Tensor
-    scale: float
+    scale: float | Tensor
     fit: Fit
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """[batch]: 0 where dropped, the scale where kept."""
         mask = torch.zeros(self.fit.units, dtype=dtype, device=self.rows.device)
-        return mask.index_fill_(0, self.rows, self.scale)
+        return mask.index_fill_(0, self.rows, float(self.scale))
 
 
 @dataclass(frozen=True)

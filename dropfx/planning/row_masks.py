@@ -139,9 +139,9 @@ _POINTS = 1024
 
 def _two_levels(kept: float, keep: float) -> tuple[Tensor, Measure]:
     rate = round(1 - keep, 12)  # 1 - (1 - 0.3) is not 0.3
-    return torch.tensor([0.0, kept], dtype=torch.float64), lambda keeps, chain: (
-        rate if keeps.tolist() == [False, True] else None
-    )
+    return torch.tensor(
+        [0.0, kept], dtype=torch.float64
+    ), lambda keeps, chain: rate if keeps.tolist() == [False, True] else None
 
 
 def _threshold(keeps: Tensor, chain: list[fx.Node]) -> float | None:
@@ -240,5 +240,3 @@ def _product(node: fx.Node, mask: fx.Node) -> tuple[fx.Node, int | None] | None:
         return (x, None) if value.dim() > 1 and value.numel() > 1 else None
     (dim,) = axes
     return (x, dim) if dim < value.dim() - 1 and value.size(dim) == drawn.numel() else None
-
-

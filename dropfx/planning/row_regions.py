@@ -43,13 +43,14 @@ def grow(mask: RowMask, at: UnitAxis) -> Branch:
         if node not in asked or node in branch.axes:
             continue
         readers = [user for user in node.users if user not in dead and op_name(user) != "size"]
-        inside = all(
-            (user in mask.body or branch.reads.get(user, {}).get(node) == asked[node]) for user in readers
-        )
+        inside = all((user in mask.body or branch.reads.get(user, {}).get(node) == asked[node]) for user in readers)
         operands = None if not inside or is_outside(node) else samples_of_operands(node, asked[node])
-        if operands is None or not _same_samples(node, asked[node], mask.x, at):
-            if inside and not is_outside(node):
-                branch.ends.insert(0, f"{op_name(node) or node.target} is not known to keep samples apart")
+        axes = [(node, asked[node]), *(operands or {}).items()]
+        if operands is None or not all(_same_samples(value, axis, mask.x, at) for value, axis in axes):
+            if not is_outside(node):
+                others = [user for user in readers if user not in branch.axes and user not in mask.body]
+                mixing = next(iter(others), node)
+                branch.ends.insert(0, f"{op_name(mixing) or mixing.target} is not known to keep samples apart")
             continue
         if any(asked.get(operand, axis) != axis for operand, axis in operands.items()):
             continue  # another reader has the samples on another axis
@@ -74,9 +75,9 @@ def feeding(mask: RowMask) -> set[fx.Node]:
     dead = set(mask.chain)
     first = mask.chain[0]
     for node in reversed(list(first.graph.nodes)):
-        if node.op in ("call_function", "call_method") and node.users and dead.issuperset(node.users):
-            if "effect" not in notes(node) and node < first:
-                dead.add(node)
+        read = node.op in ("call_function", "call_method") and node.users and node < first
+        if read and "effect" not in notes(node) and dead.issuperset(node.users):
+            dead.add(node)
     return dead
 
 
@@ -98,7 +99,7 @@ def _agree(size: Any, length: Any, factor: int) -> bool:
 
 
 def worth(branch: Branch, mask: RowMask, rate: float, context: Context) -> tuple[float, float]:
-    """Seconds of the branch with what makes and adds its rows, as written and on the kept rows; forward and backward."""
+    """Seconds of the branch and of what makes and adds its rows, forward and backward: as written, on kept rows."""
     costs, dropped = context.costs, value_of(mask.x)
     assert dropped is not None
     keep = 1 - rate

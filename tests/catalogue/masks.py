@@ -186,7 +186,7 @@ def other_scale(m: ByHand, x: Tensor) -> Tensor:
     return x * m.draw(x.new_empty(x.size(0), 1, x.size(2))).div_(0.7)
 
 
-def no_unit_axis(m: ByHand, x: Tensor) -> Tensor:
+def one_value_a_sample(m: ByHand, x: Tensor) -> Tensor:
     """Stochastic depth."""
     return x * m.draw(x.new_empty(x.size(0), 1, 1)).div_(m.keep)
 
@@ -282,7 +282,6 @@ OTHERS = (
     draw_used_twice,
     without_scale,
     other_scale,
-    no_unit_axis,
     expanded_units,
     other_probability,
     several_probabilities,
@@ -301,6 +300,7 @@ OTHERS = (
     integers,
 )
 """Draws that are no dropout of units, or of which more is read than the product."""
+case("mask_of_rows", vectors(64, 5), rewritten=("drop:bernoulli_1",))(lambda: spelled(one_value_a_sample))
 for _body in OTHERS:
     case(f"no_mask_{_body.__name__}", vectors(64, 5))(lambda b=_body: spelled(b))
 

@@ -12,7 +12,8 @@ from torch import fx
 
 from dropfx.graph.axis_rules.pointwise import first_operand, pointwise_operands
 from dropfx.graph.axis_rules.rule import Operands
-from dropfx.graph.axis_rules.table import rule_of
+from dropfx.graph.axis_rules.table import RESHAPES, rule_of
+from dropfx.graph.axis_rules.views import reshape_operands
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
@@ -101,6 +102,19 @@ def _attention(node: fx.Node, axis: UnitAxis) -> Operands | None:
     return _batched([o for o in operands if isinstance(o, fx.Node)], node, axis)
 
 
+def _reshape(node: fx.Node, axis: UnitAxis) -> Operands | None:
+    """With the batch outermost on both sides each sample stays whole, whatever becomes of the axes behind it."""
+    first, out = node.args[0], value_of(node)
+    value = value_of(first)
+    if value is None or out is None or not isinstance(first, fx.Node):
+        return None
+    if out.dim() + axis.dim == 0 and value.dim():
+        factor, rest = divmod(value.size(0), out.size(0) // axis.factor)
+        if rest == 0 and factor:
+            return {first: UnitAxis(-value.dim(), factor)}
+    return reshape_operands(node, axis)
+
+
 def _einsum(node: fx.Node, axis: UnitAxis) -> Operands | None:
     equation, operands, out = node.args[0], list(node.args[1:]), value_of(node)
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -152,6 +166,7 @@ SAMPLE_RULES: dict[str, SampleRule] = {
     **dict.fromkeys(("matmul", "bmm"), _matmul),
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
+    **dict.fromkeys(RESHAPES, _reshape),
     "embedding": _lookup,
     "expand": _expand,
     "expand_as": pointwise_operands,

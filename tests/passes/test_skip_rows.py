@@ -1,0 +1,326 @@
+"""Row sites: every spelling of stochastic depth, what runs on kept rows, and what must not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dropfx
+from tests.catalogue.case import check_step
+
+P, KEEP = 0.3, 0.7
+
+
+def shape(x: Tensor) -> tuple[int, ...]:
+    return (x.shape[0], *[1] * (x.dim() - 1))
+
+
+def timm(m: nn.Module, x: Tensor) -> Tensor:
+    mask = x.new_empty(shape(x)).bernoulli_(KEEP)
+    mask.div_(KEEP)
+    return x * mask
+
+
+def without_scale(m: nn.Module, x: Tensor) -> Tensor:
+    return x * x.new_empty(shape(x)).bernoulli_(KEEP)
+
+
+def torchvision(m: nn.Module, x: Tensor) -> Tensor:
+    noise = torch.empty(shape(x), dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(KEEP)
+    return x * noise.div_(KEEP)
+
+
+def transformers(m: nn.Module, x: Tensor) -> Tensor:
+    mask = KEEP + torch.rand(shape(x), dtype=x.dtype, device=x.device)
+    mask.floor_()
+    return x.div(KEEP) * mask
+
+
+def below(m: nn.Module, x: Tensor) -> Tensor:
+    return x * (torch.rand(shape(x), dtype=x.dtype) < KEEP) / KEEP
+
+
+def above(m: nn.Module, x: Tensor) -> Tensor:
+    return torch.where(torch.rand(shape(x), dtype=x.dtype) >= P, x / KEEP, 0.0)
+
+
+def of_ones(m: nn.Module, x: Tensor) -> Tensor:
+    return F.dropout(torch.ones(shape(x), dtype=x.dtype), P) * x
+
+
+def probabilities(m: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.bernoulli(torch.full(shape(x), KEEP, dtype=x.dtype)) * (1 / KEEP)
+
+
+IDIOMS = [timm, without_scale, torchvision, transformers, below, above, of_ones, probabilities]
+
+
+Idiom = Callable[[nn.Module, Tensor], Tensor]
+
+
+def drop_path(idiom: Idiom) -> nn.Module:
+    """A module whose forward drops so."""
+    made: type[nn.Module] = type("DropPath", (nn.Module,), {"forward": idiom})
+    return made()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, units = x.shape
+        q, k, v = self.qkv(x).reshape(rows, tokens, 3, 4, units // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, units))
+
+
+class Windows(nn.Module):
+    """As Swin's: each sample has several windows, side by side in the leading axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(32, 32)
+        self.register_buffer("bias", torch.randn(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _, units = x.shape
+        windows = x.view(rows, 4, 2, units).reshape(rows * 4, 2, units)
+        mixed = self.mix(windows).view(rows, 4, 2, units) + self.bias
+        return mixed.reshape(rows * 4, 2, units).view(rows, 8, units)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.over, self.norm = nn.Conv1d(32, 32, 3, padding=1, groups=32), nn.GroupNorm(2, 32)
+        self.up, self.down, self.gamma = nn.Linear(32, 64), nn.Linear(64, 32), nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.over(x.transpose(1, 2))).transpose(1, 2)
+        return self.down(F.gelu(self.up(y))) * self.gamma
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+
+BRANCHES: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "attention": Attention,
+    "windows": Windows,
+    "convolution": Convolution,
+}
+
+
+class Residual(nn.Module):
+    def __init__(self, branch: Callable[[], nn.Module], drop: Idiom, checkpoint: bool = False):
+        super().__init__()
+        self.branches = nn.ModuleList([branch() for _ in range(2)])
+        self.drops, self.checkpoint = nn.ModuleList([drop_path(drop) for _ in range(2)]), checkpoint
+
+    def block(self, branch: nn.Module, drop: nn.Module, x: Tensor) -> Tensor:
+        return x + (drop(branch(x)) if self.training else branch(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch, drop in zip(self.branches, self.drops, strict=True):
+            if self.checkpoint:
+                x = torch.utils.checkpoint.checkpoint(self.block, branch, drop, x, use_reentrant=False)
+            else:
+                x = self.block(branch, drop, x)
+        return x
+
+
+def batch(rows: int = 6) -> Tensor:
+    return torch.randn(rows, 8, 32, dtype=torch.float64, requires_grad=True)
+
+
+def compiled(original: nn.Module, inner: str = "", **options: Any) -> nn.Module:
+    torch._dynamo.reset()
+    model = copy.deepcopy(original)
+    if inner:
+        model.compile(backend="dropfx", options={"inner": inner, "min_speedup": 0, **options})
+        return model
+    return dropfx.compile(model, min_speedup=0, **options)
+
+
+@pytest.mark.parametrize("drop", [idiom for idiom in IDIOMS if idiom is not below])
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_every_spelling(drop: Idiom, inner: str) -> None:
+    original = Residual(mlp, drop).double()
+    model = compiled(original, inner)
+    for seed in range(3):
+        masks = check_step(original, model, (batch(),), dtype=torch.float64, seed=seed)
+        assert len(masks) == 2
+        for mask in masks.values():
+            assert mask.shape == (6, 1, 1)
+
+
+def test_numbers_below_a_threshold() -> None:
+    """Which the other oracle takes for dropped rows."""
+    model = Residual(mlp, below)
+    dropfx.testing.assert_equivalent(model, batch().float(), options={"min_speedup": 0})
+    assert all(site.rewritten for site in dropfx.explain(model, batch().float(), options={"min_speedup": 0}).sites)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_every_kind_of_layer(branch: str, inner: str) -> None:
+    original = Residual(BRANCHES[branch], timm).double()
+    model = compiled(original, inner)
+    for seed, rows in enumerate((6, 6, 5, 7, 2)):
+        masks = check_step(original, model, (batch(rows),), dtype=torch.float64, seed=seed)
+        assert len(masks) == 2
+
+
+def test_inductor() -> None:
+    original = Residual(mlp, timm)
+    model = compiled(original, "inductor")
+    for seed in range(4):
+        masks = check_step(original, model, (torch.randn(6, 8, 32),), seed=seed)
+        assert len(masks) == 2
+
+
+def test_checkpoints() -> None:
+    model = Residual(Attention, timm, checkpoint=True)
+    x = batch().float()
+    dropfx.testing.assert_equivalent(model, x, options={"min_speedup": 0})
+    assert [site.pattern for site in dropfx.explain(model, x, options={"min_speedup": 0}).sites] == ["rows"] * 2
+
+
+def test_the_branch_runs_on_kept_rows_alone() -> None:
+    model = compiled(Residual(mlp, timm))
+    x = torch.randn(6, 8, 32)
+    model(x)
+    seen: set[int] = set()
+
+    def note(saved: Tensor) -> Tensor:
+        if saved.shape[-1:] == (64,):  # within the branch
+            seen.add(saved.numel() // (8 * 64))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        model(x)
+    assert seen & {4, 5}
+    assert 6 not in seen
+
+
+def test_eval_is_untouched() -> None:
+    original = Residual(Attention, transformers)
+    model = compiled(original)
+    model(batch().float())
+    x = batch().float()
+    assert torch.equal(model.eval()(x), original.eval()(x))
+
+
+@pytest.mark.parametrize("drop", IDIOMS)
+def test_disabled_keeps_all_rows(drop: Idiom) -> None:
+    original = Residual(mlp, drop)
+    model = compiled(original)
+    x = batch().float()
+    model(x)
+    with dropfx.disabled():
+        got = model(x)
+    torch.testing.assert_close(got, original.eval()(x))
+
+
+def test_a_batch_of_one_runs_as_written() -> None:
+    original = Residual(mlp, timm).double()
+    model = compiled(original)
+    for rows in (4, 1, 4):
+        with dropfx.testing.record() as masks:
+            model(batch(rows)).sum().backward()
+        assert len(masks[0] if masks else {}) == (2 if rows > 1 else 0)
+
+
+# -- what must not fire ---------------------------------------------------------------------------------------------
+
+
+def whole_batch(m: nn.Module, x: Tensor) -> Tensor:
+    return x * x.new_empty([1] * x.dim()).bernoulli_(KEEP).div_(KEEP)
+
+
+class NormalisedByBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(32, 32), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.up(x))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return y - y.mean(0, keepdim=True)
+
+
+class InOrder(nn.Module):
+    """The batch is not the outermost of the axes that a view merges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).transpose(0, 1).reshape(-1, 32).flip(0).view(8, -1, 32).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("branch", "drop", "reason"),
+    [
+        (mlp, whole_batch, "one random number decides for the whole batch"),
+        (NormalisedByBatch, timm, "batch_norm is not known to keep samples apart"),
+        (Centred, timm, "mean is not known to keep samples apart"),
+        (InOrder, timm, "is not known to keep samples apart"),
+    ],
+)
+def test_runs_as_written(branch: Callable[[], nn.Module], drop: Idiom, reason: str) -> None:
+    original = Residual(branch, drop).double()
+    report = dropfx.explain(original, batch(), options={"min_speedup": 0})
+    assert [site.rewritten for site in report.sites] == [False, False]
+    assert all(reason in site.reason for site in report.sites)
+    assert not check_step(original, compiled(original), (batch(),), dtype=torch.float64)
+
+
+def three_levels(m: nn.Module, x: Tensor) -> Tensor:
+    return x * (torch.rand(shape(x), dtype=x.dtype) * 3).floor_()
+
+
+def not_zero(m: nn.Module, x: Tensor) -> Tensor:
+    return x * ((torch.rand(shape(x), dtype=x.dtype) < KEEP) + 0.5)
+
+
+def noise(m: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.rand(shape(x), dtype=x.dtype)
+
+
+def read_twice(m: nn.Module, x: Tensor) -> Tensor:
+    mask = x.new_empty(shape(x)).bernoulli_(KEEP)
+    return x * mask + mask
+
+
+@pytest.mark.parametrize("drop", [three_levels, not_zero, noise, read_twice])
+def test_no_mask_of_rows(drop: Idiom) -> None:
+    original = Residual(mlp, drop).double()
+    assert not dropfx.explain(original, batch(), options={"min_speedup": 0}).sites
+    assert not check_step(original, compiled(original), (batch(),), dtype=torch.float64)
+
+
+def test_a_graph_of_fx_does_not_know_its_batch() -> None:
+    graph = torch.fx.symbolic_trace(Residual(mlp, of_ones))
+    made = dropfx.rewrite(graph, batch().float(), options={"min_speedup": 0})
+    assert not [node for node in made.graph.nodes if "rows" in node.name]
+    assert made(torch.randn(3, 8, 32)).shape == (3, 8, 32)
