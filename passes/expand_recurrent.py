@@ -108,6 +108,8 @@ def _expand(node: fx.Node, call: Call, context: Context) -> list[fx.Node]:
     emit = Emitter(node)
     value, last = call.x, list[list[fx.Node]]()
     each = len(call.weights) // (call.layers * call.directions)
+    if "pinned" in notes(call.x):  # the products keep their input for backward, which a later write must not reach
+        value = emit("clone", value)
     for layer in range(call.layers):
         if layer and call.dropout:
             value = emit(F.dropout, value, call.dropout, True)

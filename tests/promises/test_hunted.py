@@ -233,6 +233,31 @@ def test_a_write_in_a_checkpoint_whose_result_nobody_reads(options: dict[str, An
     check_step(original, model, (torch.randn(8, 32),))
 
 
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_a_write_into_the_input_of_a_recurrent_layer_behind_it(inner: str) -> None:
+    """Its own products keep the input for backward; PyTorch's keep a copy, since the batch is first."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(32, 16, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1.0
+            out, _ = self.rnn(x)
+            x.narrow(0, 0, 1).mul_(3.0)
+            return out.sum() + x.sum()
+
+    torch._dynamo.reset()
+    original = Written()
+    model = copy.deepcopy(original)
+    if inner:
+        model.compile(backend="dropfx", options={"inner": inner, "min_speedup": 0})
+    else:
+        dropfx.compile(model, min_speedup=0)
+    check_step(original, model, (torch.randn(5, 6, 32),))
+
+
 def written_behind_a_dropout_of_nothing(m: Net, x: Tensor) -> Tensor:
     hidden = m.a(x)
     same = m.d(hidden)
