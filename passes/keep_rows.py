@@ -13,12 +13,13 @@ from dropfx.planning.row_masks import row_masks
 
 def keep_rows(module: fx.GraphModule, context: Context) -> PassResult:
     """Take the masks of rows away, and leave the numbers beside them."""
-    masks = row_masks(module.graph)
-    for mask in masks:
+    modified = False
+    for mask in row_masks(module.graph):
+        modified = True
         with module.graph.inserting_before(mask.product):
             whole = insert(module.graph, operator.mul, (mask.x, mask.whole), like=mask.product)
         mask.product.replace_all_uses_with(whole)
         for node in reversed([*mask.chain, *mask.body]):  # what draws would stay though nobody reads it
             if not node.users:
                 module.graph.erase_node(node)
-    return PassResult(module, bool(masks))
+    return PassResult(module, modified)

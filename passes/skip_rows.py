@@ -55,6 +55,10 @@ def _site(mask: RowMask) -> Site:
     if site.leading < 2:
         site.reason = f"a batch of {site.leading} row(s) has none to skip beside one that runs"
         return site
+    captured = any("example_value" in node.meta for node in mask.product.graph.find_nodes(op="placeholder"))
+    if captured and "example_value" not in mask.product.meta:
+        site.reason = "its shape is known only when the graph runs"
+        return site
     site.fit = ROWS.fit(site.leading, site.rate)
     return site
 

@@ -7,7 +7,7 @@ operations makes of its random numbers is found by running it on some: the mask 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,11 @@ class RowMask:
     dim: int | None
 
 
-def row_masks(graph: fx.Graph) -> list[RowMask]:
-    """The masks of rows in a graph."""
-    return [mask for node in graph.nodes if (mask := _row_mask(node)) is not None]
+def row_masks(graph: fx.Graph) -> Iterator[RowMask]:
+    """The masks of rows in a graph, each as the graph is by then: a site may be part of another one's branch."""
+    for node in list(graph.nodes):
+        if (mask := _row_mask(node)) is not None:
+            yield mask
 
 
 def _row_mask(source: fx.Node) -> RowMask | None:

@@ -46,7 +46,7 @@ def grow(mask: RowMask, at: UnitAxis) -> Branch:
         inside = all((user in mask.body or branch.reads.get(user, {}).get(node) == asked[node]) for user in readers)
         operands = None if not inside or is_outside(node) else samples_of_operands(node, asked[node])
         axes = [(node, asked[node]), *(operands or {}).items()]
-        if operands is None or not all(_same_samples(value, axis, mask.x, at) for value, axis in axes):
+        if operands is None or not all(_same_samples(value, axis, mask.product, at) for value, axis in axes):
             if not is_outside(node):
                 others = [user for user in readers if user not in branch.axes and user not in mask.body]
                 mixing = next(iter(others), node)
@@ -81,9 +81,9 @@ def feeding(mask: RowMask) -> set[fx.Node]:
     return dead
 
 
-def _same_samples(node: fx.Node, axis: UnitAxis, x: fx.Node, at: UnitAxis) -> bool:
+def _same_samples(node: fx.Node, axis: UnitAxis, product: fx.Node, at: UnitAxis) -> bool:
     """Whether the axis is as long as the batch times its factor in every call, not in the traced one alone."""
-    traced, batch = node.meta.get("example_value"), x.meta.get("example_value")
+    traced, batch = node.meta.get("example_value"), product.meta.get("example_value")
     if not isinstance(batch, torch.Tensor):
         return True
     length: Any = batch.shape[at.dim]

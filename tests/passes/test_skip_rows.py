@@ -181,6 +181,27 @@ def test_every_kind_of_layer(branch: str, inner: str) -> None:
         assert len(masks) == 2
 
 
+class Nested(nn.Module):
+    """A branch with a branch inside, both of which drop rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = Residual(mlp, timm), mlp()
+        self.drop = drop_path(timm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.inner(self.outer(x)))
+
+
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_a_branch_in_a_branch(inner: str) -> None:
+    original = Nested().double()
+    model = compiled(original, inner)
+    for seed, rows in enumerate((6, 4, 5)):
+        masks = check_step(original, model, (batch(rows),), dtype=torch.float64, seed=seed)
+        assert {"inner.drops.0:bernoulli_1", "inner.drops.1:bernoulli_1"} <= set(masks)
+
+
 def test_inductor() -> None:
     original = Residual(mlp, timm)
     model = compiled(original, "inductor")
