@@ -149,7 +149,7 @@ class _Rewriting:
         assert value is not None
         with emitted.inserting_before(before):
             length = emitted.call_method("size", (source, value.dim() + axis.dim))
-            length.meta = {**_order(before), "val": value.size(axis.dim)}
+            length.meta = {**_place(before), "val": value.size(axis.dim)}
             for step, number in ((operator.floordiv, axis.factor), (operator.mul, factor)):
                 if number != 1:
                     made = emitted.call_function(step, (length, number))
@@ -173,7 +173,7 @@ class _Rewriting:
             return self._kept
         with self._graph.inserting_before(before):
             made = self._graph.call_function(operator.mul, (self._kept, factor))
-        made.meta = {**_order(before), "val": notes(self._kept)["val"] * factor}
+        made.meta = {**_place(before), "val": notes(self._kept)["val"] * factor}
         return made
 
     def _take(self, operand: fx.Node, axis: UnitAxis, reader: fx.Node) -> fx.Node:
@@ -182,10 +182,10 @@ class _Rewriting:
         if key not in self._taken:
             value = value_of(operand)
             assert value is not None
-            args = (operand, self._rows, value.dim() + axis.dim, axis.factor)
+            args = (operand, self._rows, value.dim() + axis.dim, axis.factor, _order(value))
             with self._graph.inserting_before(reader):
                 made = insert(self._graph, take_rows, args, like=operand)
-            made.meta = {**_order(reader), "val": _evaluated(made)}
+            made.meta = {**_place(reader), "val": _evaluated(made)}
             self._taken[key] = made
         return self._taken[key]
 
@@ -199,14 +199,14 @@ class _Rewriting:
         if base is not None:
             (total,) = readers
             with self._graph.inserting_before(total):
-                args: tuple[Any, ...] = (base, x, self._rows, dim, self._scale, site.kept)
+                args: tuple[Any, ...] = (base, x, self._rows, dim, self._scale, site.kept, _order(value_of(total)))
                 made = insert(self._graph, add_rows, args, like=total)
             total.replace_all_uses_with(made)
             self._graph.erase_node(total)
         else:
             length = self._length(1, product)
             with self._graph.inserting_before(product):
-                args = (x, self._rows, dim, length, self._scale, site.kept)
+                args = (x, self._rows, dim, length, self._scale, site.kept, _order(value_of(product)))
                 made = insert(self._graph, put_rows, args, like=product)
             product.replace_all_uses_with(made)
 
@@ -222,7 +222,14 @@ def _trunk(total: fx.Node, product: fx.Node) -> fx.Node | None:
     return base if base is not product and made.layout == torch.strided else None
 
 
-def _order(node: fx.Node) -> dict[str, Any]:
+def _order(value: torch.Tensor | None) -> tuple[int, ...]:
+    """The axes as they lie in memory, outermost first."""
+    assert value is not None
+    strides = value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda axis: -strides[axis]))
+
+
+def _place(node: fx.Node) -> dict[str, Any]:
     return {"after_effects": notes(node).get("after_effects", 0)}
 
 

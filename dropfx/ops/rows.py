@@ -1,9 +1,15 @@
-"""Rows of a batch: taken for a branch that only they run through, and put back. Plain PyTorch, on any device."""
+"""Rows of a batch: taken for a branch that only they run through, and put back. Plain PyTorch, on any device.
+
+`order` is how the axes of a dense value lie in memory, outermost first: views of the model behind it may rely on that,
+and convolutions of channels-last values are faster.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+Order = tuple[int, ...]
 
 
 def positions(rows: Tensor, factor: int) -> Tensor:
@@ -13,22 +19,33 @@ def positions(rows: Tensor, factor: int) -> Tensor:
     return (rows[:, None] * factor + torch.arange(factor, device=rows.device)).flatten()
 
 
-def take_rows(x: Tensor, rows: Tensor, dim: int, factor: int) -> Tensor:
+def take_rows(x: Tensor, rows: Tensor, dim: int, factor: int, order: Order) -> Tensor:
     """x with the given rows alone, of which each has `factor` positions on axis `dim`."""
-    return x.index_select(dim, positions(rows, factor))
+    taken = x.permute(order).index_select(order.index(dim), positions(rows, factor))
+    return taken.permute(_back(order))
 
 
-def add_rows(base: Tensor, y: Tensor, rows: Tensor, dim: int, scale: float | Tensor, kept: float) -> Tensor:
+def add_rows(
+    base: Tensor, y: Tensor, rows: Tensor, dim: int, scale: float | Tensor, kept: float, order: Order
+) -> Tensor:
     """base, plus y * scale * kept at the rows; base is not written into."""
     dtype = torch.result_type(base, y)
-    base, y = base.to(dtype), y.to(dtype)
+    whole, part = base.to(dtype).permute(order).contiguous(), y.to(dtype).permute(order)
+    axis = order.index(dim)
     if isinstance(scale, Tensor):
-        return base.index_add(dim, rows, y * (scale * kept).to(dtype))
-    return base.index_add(dim, rows, y, alpha=scale * kept)
+        total = whole.index_add(axis, rows, part * (scale * kept).to(dtype))
+    else:
+        total = whole.index_add(axis, rows, part, alpha=scale * kept)
+    return total.permute(_back(order))
 
 
-def put_rows(y: Tensor, rows: Tensor, dim: int, length: int, scale: float | Tensor, kept: float) -> Tensor:
+def put_rows(
+    y: Tensor, rows: Tensor, dim: int, length: int, scale: float | Tensor, kept: float, order: Order
+) -> Tensor:
     """Zeros of `length` rows, with y * scale * kept at the given ones."""
-    shape = [*y.shape]
-    shape[dim] = length
-    return add_rows(y.new_zeros(shape), y, rows, dim, scale, kept)
+    shape = [length if axis == dim else size for axis, size in enumerate(y.shape)]
+    return add_rows(y.new_zeros(shape), y, rows, dim, scale, kept, order)
+
+
+def _back(order: Order) -> list[int]:
+    return [order.index(axis) for axis in range(len(order))]

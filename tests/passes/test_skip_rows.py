@@ -202,6 +202,28 @@ def test_a_branch_in_a_branch(inner: str) -> None:
         assert {"inner.drops.0:bernoulli_1", "inner.drops.1:bernoulli_1"} <= set(masks)
 
 
+class ByLayout(nn.Module):
+    """A view that PyTorch accepts for the layout of what is written into alone: channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.drop = nn.Linear(16, 16), drop_path(torchvision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.drop(self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        branch += x
+        return branch.permute(0, 2, 3, 1).view(x.size(0), -1)
+
+
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_values_keep_their_layout(inner: str) -> None:
+    original = ByLayout().double()
+    model = compiled(original, inner)
+    for seed in range(2):
+        x = torch.randn(6, 16, 3, 3, dtype=torch.float64)
+        assert len(check_step(original, model, (x,), dtype=torch.float64, seed=seed)) == 1
+
+
 def test_inductor() -> None:
     original = Residual(mlp, timm)
     model = compiled(original, "inductor")
