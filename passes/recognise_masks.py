@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from dropfx.graph.dropout_ops import Call
 from dropfx.graph.emit import Emitter, fake_value
-from dropfx.graph.nodes import insert, op_name, value_of
+from dropfx.graph.nodes import insert, memory_order, op_name, value_of
 from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS
 from dropfx.graph.pass_infra import Context, PassResult
@@ -83,10 +83,7 @@ def _recognise(draw: fx.Node) -> bool:
 def _order(draw: fx.Node) -> tuple[int, ...] | None:
     """The axes of a draw as they lie in memory, which is how a mask is filled in place; None where in their order."""
     value = value_of(draw)
-    if value is None or value.is_contiguous():
-        return None
-    strides = value.stride()
-    return tuple(sorted(range(value.dim()), key=lambda axis: -strides[axis]))
+    return None if value is None or value.is_contiguous() else memory_order(value)
 
 
 def _mask(draw: fx.Node, keep: float) -> _Mask | None:

@@ -14,7 +14,7 @@ from torch import fx
 
 from dropfx.graph.axis_rules import UnitAxis
 from dropfx.graph.emit import fake_value
-from dropfx.graph.nodes import insert, mark_gradients, op_name, value_of
+from dropfx.graph.nodes import insert, mark_gradients, memory_order, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.op_families import SUMS
 from dropfx.graph.pass_infra import Context, PassResult, Site
@@ -143,8 +143,8 @@ class _Rewriting:
                     self._graph.erase_node(user)
 
     def _length(self, factor: int, before: fx.Node) -> fx.Node:
-        """The batch's size times a factor, as a node."""
-        (source, axis) = next(iter(self._branch.inputs))
+        """The batch's size times a factor, as a node; asked of the first value from outside of the branch."""
+        source, axis = min(self._branch.inputs, key=lambda taken: taken[0])
         value, emitted = value_of(source), self._graph
         assert value is not None
         with emitted.inserting_before(before):
@@ -179,10 +179,10 @@ class _Rewriting:
     def _take(self, operand: fx.Node, axis: UnitAxis, reader: fx.Node) -> fx.Node:
         # under another grad mode or autocast it would be another value
         key = (operand, axis, notes(reader).get("after_effects"))
-        if key not in self._taken:
+        if key not in self._taken or "pinned" in notes(operand):  # a write between two readers changes what they take
             value = value_of(operand)
             assert value is not None
-            args = (operand, self._rows, value.dim() + axis.dim, axis.factor, _order(value))
+            args = (operand, self._rows, value.dim() + axis.dim, axis.factor, memory_order(value))
             with self._graph.inserting_before(reader):
                 made = insert(self._graph, take_rows, args, like=operand)
             made.meta = {**_place(reader), "val": _evaluated(made)}
@@ -199,14 +199,22 @@ class _Rewriting:
         if base is not None:
             (total,) = readers
             with self._graph.inserting_before(total):
-                args: tuple[Any, ...] = (base, x, self._rows, dim, self._scale, site.kept, _order(value_of(total)))
+                args: tuple[Any, ...] = (
+                    base,
+                    x,
+                    self._rows,
+                    dim,
+                    self._scale,
+                    site.kept,
+                    memory_order(notes(total)["val"]),
+                )
                 made = insert(self._graph, add_rows, args, like=total)
             total.replace_all_uses_with(made)
             self._graph.erase_node(total)
         else:
             length = self._length(1, product)
             with self._graph.inserting_before(product):
-                args = (x, self._rows, dim, length, self._scale, site.kept, _order(value_of(product)))
+                args = (x, self._rows, dim, length, self._scale, site.kept, memory_order(notes(product)["val"]))
                 made = insert(self._graph, put_rows, args, like=product)
             product.replace_all_uses_with(made)
 
@@ -220,13 +228,6 @@ def _trunk(total: fx.Node, product: fx.Node) -> fx.Node | None:
     if value is None or made is None or dropped is None or not made.shape == value.shape == dropped.shape:
         return None
     return base if base is not product and made.layout == torch.strided else None
-
-
-def _order(value: torch.Tensor | None) -> tuple[int, ...]:
-    """The axes as they lie in memory, outermost first."""
-    assert value is not None
-    strides = value.stride()
-    return tuple(sorted(range(value.dim()), key=lambda axis: -strides[axis]))
 
 
 def _place(node: fx.Node) -> dict[str, Any]:

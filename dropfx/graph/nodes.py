@@ -46,6 +46,12 @@ def parts_of(node: Any) -> list[Tensor] | None:
     return list(value)
 
 
+def memory_order(value: Tensor) -> tuple[int, ...]:
+    """The axes of a tensor as they lie in memory, outermost first."""
+    strides = value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda axis: -strides[axis]))
+
+
 def is_parameter(node: fx.Node) -> bool:
     """Whether the node stands for a parameter, as Dynamo or another tracer writes it."""
     return node.op == "get_attr" or "parameter" in notes(node)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dropfx.graph.axis_rules import RESHAPES
-from dropfx.graph.dropout_ops import Call
+from dropfx.graph.dropout_ops import UNIFORM, Call
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS
@@ -80,10 +80,11 @@ def _row_mask(source: fx.Node) -> RowMask | None:
     if rate is None:
         return None
     (x, at), factors, body = found, [], [product]
-    if (factor := _factor(x, argument(x, 0, "input"))) is not None and len(x.users) == 1:
+    divided = argument(x, 0, "input")
+    if len(x.users) == 1 and (factor := _factor(x, divided)) is not None and "pinned" not in notes(divided):
         factors.append(factor)
         body.insert(0, x)
-        x = argument(x, 0, "input")
+        x = divided
     while len(product.users) == 1 and (factor := _factor(next(iter(product.users)), product)) is not None:
         factors.append(factor)
         product = next(iter(product.users))
@@ -130,7 +131,7 @@ def _drawn(source: fx.Node) -> tuple[Tensor, Measure] | None:
         rate, ones = argument(source, 1, "p", 0.5), argument(source, 0, "input")
         if op_name(ones) in ("ones", "new_ones", "ones_like") and isinstance(rate, (int, float)) and 0 < rate < 1:
             return _two_levels(1 / (1 - rate), 1 - rate)
-    if name in ("rand", "rand_like") and "generator" not in source.kwargs:
+    if name in UNIFORM and "generator" not in source.kwargs:
         points = torch.linspace(0, 1, _POINTS + 1, dtype=value.dtype)[:-1]
         return points, _threshold
     return None

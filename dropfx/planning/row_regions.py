@@ -118,5 +118,5 @@ def worth(branch: Branch, mask: RowMask, rate: float, context: Context) -> tuple
 
 
 def saves_work(branch: Branch) -> bool:
-    """Whether a product of matrices, or the like, is in it."""
-    return any(map(is_costly, branch.axes))
+    """Whether a product of matrices, or the like, is in it, of something that differs from sample to sample."""
+    return bool(branch.inputs) and any(map(is_costly, branch.axes))

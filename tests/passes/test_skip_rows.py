@@ -224,6 +224,48 @@ def test_values_keep_their_layout(inner: str) -> None:
         assert len(check_step(original, model, (x,), dtype=torch.float64, seed=seed)) == 1
 
 
+class SideInput(nn.Module):
+    """A value of each sample comes into the branch late, behind one that asks for the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.side, self.drop = (
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+            nn.Linear(32, 64),
+            drop_path(timm),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        late = torch.tanh(self.side(x.mean(1))).view(h.size(0), 1, 64)
+        return x + self.drop(self.down(h * late)) + late.sum()
+
+
+class WrittenBehind(nn.Module):
+    """The branch reads a value that is written to in place between two of its readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(32, 32), nn.Linear(32, 32), drop_path(transformers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            memory = torch.empty_like(x).copy_(x)
+        first = self.first(x + memory)
+        memory.copy_(x.detach() * 2)
+        return x + self.drop(first + self.second(x - memory))
+
+
+@pytest.mark.parametrize("model", [SideInput, WrittenBehind])
+def test_values_from_outside(model: type[nn.Module]) -> None:
+    original = model().double()
+    ours = compiled(original)
+    for seed, rows in enumerate((6, 4, 5)):
+        masks = check_step(original, ours, (batch(rows),), dtype=torch.float64, seed=seed)
+        assert len(masks) == 1
+
+
 def test_inductor() -> None:
     original = Residual(mlp, timm)
     model = compiled(original, "inductor")

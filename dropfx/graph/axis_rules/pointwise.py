@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
@@ -12,11 +14,16 @@ from dropfx.graph.notes import UnitAxis, notes
 
 def pointwise_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     """The operands that are as long as the output on the axis; the others broadcast there."""
+    return broadcast_operands(node.all_input_nodes, node, axis)
+
+
+def broadcast_operands(operands: Iterable[fx.Node], node: fx.Node, axis: UnitAxis) -> Operands | None:
+    """Those of the operands that are as long as the output on the axis; None where one has another length."""
     out = value_of(node)
     if out is None:
         return None
     found: Operands = {}
-    for operand in node.all_input_nodes:
+    for operand in operands:
         value = notes(operand).get("val")
         if not isinstance(value, torch.Tensor):
             if isinstance(value, (bool, int, float)):

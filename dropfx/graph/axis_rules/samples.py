@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from dropfx.graph.axis_rules.pointwise import first_operand, pointwise_operands
+from dropfx.graph.axis_rules.pointwise import broadcast_operands, first_operand, pointwise_operands
 from dropfx.graph.axis_rules.rule import Operands
 from dropfx.graph.axis_rules.table import RESHAPES, rule_of
 from dropfx.graph.axis_rules.views import reshape_operands
@@ -70,27 +70,13 @@ def _along_one(position: int, name: str, default: int) -> SampleRule:
     return rule
 
 
-def _batched(operands: list[fx.Node], node: fx.Node, axis: UnitAxis) -> Operands | None:
-    """Operands that broadcast against each other on the axis."""
-    out, found = value_of(node), Operands()
-    for operand in operands:
-        value = value_of(operand)
-        if out is None or value is None:
-            return None
-        if value.dim() >= -axis.dim and value.shape[axis.dim] == out.shape[axis.dim]:
-            found[operand] = axis
-        elif value.dim() >= -axis.dim and value.shape[axis.dim] != 1:
-            return None
-    return found or None
-
-
 def _matmul(node: fx.Node, axis: UnitAxis) -> Operands | None:
     first, second = argument(node, 0, "input"), argument(node, 1, "other" if op_name(node) == "matmul" else "mat2")
     values = value_of(first), value_of(second)
     if values[0] is None or values[1] is None or min(v.dim() for v in values if v is not None) < 2:
         return None
     if axis.dim < -2:
-        return _batched([first, second], node, axis)
+        return broadcast_operands([first, second], node, axis)
     alone = values[1].dim() == 2 and axis.dim == -2  # rows of the first by a matrix that all share
     return {first: axis} if alone else None
 
@@ -99,7 +85,7 @@ def _attention(node: fx.Node, axis: UnitAxis) -> Operands | None:
     if argument(node, 4, "dropout_p", 0.0) != 0.0 or axis.dim >= -2:
         return None
     operands = [argument(node, place, name) for place, name in enumerate(("query", "key", "value", "attn_mask"))]
-    return _batched([o for o in operands if isinstance(o, fx.Node)], node, axis)
+    return broadcast_operands([o for o in operands if isinstance(o, fx.Node)], node, axis)
 
 
 def _reshape(node: fx.Node, axis: UnitAxis) -> Operands | None:
