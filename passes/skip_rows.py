@@ -21,6 +21,7 @@ from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.graph.view_sizes import SIZES_AFTER, name_size, names_size, sizes_of_model
 from dropfx.ops.rows import add_rows, put_rows, take_rows
 from dropfx.patterns import Rows
+from dropfx.planning.cost_model import products_flops
 from dropfx.planning.row_masks import RowMask, row_masks
 from dropfx.planning.row_regions import Branch, feeding, grow, saves_work, worth
 
@@ -83,7 +84,18 @@ def _branch(site: Site, mask: RowMask, context: Context) -> Branch | None:
         site.reason += f": {branch.ends[-1]}" if branch.ends and not saves_work(branch) else ""
         return None
     site.seconds_saved = written - planned
+    _count_flops(branch, site, context)
     return branch
+
+
+def _count_flops(branch: Branch, site: Site, context: Context) -> None:
+    """Of the branch; what the graph no longer shows of its Linears is part of the model as written."""
+    for node in branch.axes:
+        flops = products_flops(node)
+        kept = round(flops * (1 - site.rate))
+        site.flops_dense, site.flops_compact = site.flops_dense + flops, site.flops_compact + kept
+        if op_name(node) == "linear":
+            context.flops_dense += flops - kept
 
 
 class _Rewriting:

@@ -274,6 +274,14 @@ def is_costly(node: fx.Node) -> bool:
     return op_name(node) in (*_MATMULS, *_CONVOLUTIONS, "linear")
 
 
+def products_flops(node: fx.Node) -> int:
+    """FLOPs of its matrix products, forward and backward; 0 for what multiplies none."""
+    if op_name(node) == "linear" and _is_matrix(node):
+        m, n, k, products = linear_products(node)
+        return 2 * m * n * k * products
+    return 3 * sum(2 * m * n * k for m, n, k in _products(node)) if is_costly(node) else 0
+
+
 def _products(node: fx.Node) -> list[tuple[int, int, int]]:
     """(M, N, K) of the matrix products that an operation amounts to, forward."""
     values = [value for o in node.all_input_nodes if (value := value_of(o)) is not None]

@@ -298,6 +298,16 @@ def test_the_branch_runs_on_kept_rows_alone() -> None:
     assert 6 not in seen
 
 
+def test_explain_counts_the_products_of_the_branch() -> None:
+    report = dropfx.explain(Residual(mlp, timm), torch.randn(10, 8, 32), options={"min_speedup": 0})
+    for site in report.sites:
+        assert site.flops_dense == 2 * (2 * 80 * 32 * 64) * 3
+        assert site.flops_compact == pytest.approx(0.7 * site.flops_dense, rel=1e-6)
+        assert site.seconds_saved == report.sites[0].seconds_saved
+    assert report.flops_dense == pytest.approx(sum(site.flops_dense for site in report.sites), rel=1e-6)
+    assert report.flop_ratio == pytest.approx(1 / 0.7, rel=1e-6)
+
+
 def test_eval_is_untouched() -> None:
     original = Residual(Attention, transformers)
     model = compiled(original)
