@@ -32,8 +32,8 @@ class Verdict:
 
     Attributes:
         kind: "same", "different", "raises" (dropfx alone), "silent" (PyTorch alone); "pytorch", where PyTorch's own
-            compiler fails alike; "ill-conditioned", where PyTorch's own result hangs on the last digits of its inputs;
-            "dead draws", where what nobody reads was not drawn, and what comes behind draws other numbers for it.
+            compiler fails alike; "ill-conditioned", where PyTorch's own result hangs on the last digits of inputs and
+            products; "dead draws", where what nobody reads was not drawn, and what comes behind draws other numbers.
     """
 
     kind: str = "same"
@@ -165,7 +165,7 @@ def _rounding(program: Program, step: Step, dtype: torch.dtype) -> Rounding:
 def _ill_conditioned(
     program: Program, step: Step, number: int, original: nn.Module, masks: Masks, rounding: Rounding
 ) -> bool:
-    """Whether plain PyTorch itself gives another result where its inputs change in their last digits."""
+    """Whether plain PyTorch itself gives another result where inputs and products change in their last digits."""
     found = []
     dtype = _dtype(program, original)
     for shake in (0.0, rounding.digits):
@@ -174,7 +174,7 @@ def _ill_conditioned(
             if value.requires_grad:
                 noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
                 given[name] = (value.detach() * (1 + shake * noise)).requires_grad_()
-        with masked(original, masks, "'tile'" in program.options):
+        with masked(original, masks, "'tile'" in program.options, shake):
             found.append(train_step(original, original, given, _around(step), step.second_order, number))
     plain, shaken = found
     alike = isinstance(plain, dict) and isinstance(shaken, dict)

@@ -25,12 +25,16 @@ DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DRAWS = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Masked(TorchFunctionMode):
-    """Names each site as the public face does, and multiplies by its mask."""
+    """Names each site as the public face does, and multiplies by its mask.
 
-    def __init__(self, model: nn.Module, masks: Masks, tiles: bool) -> None:
+    With `digits`, each product is off by about that, relatively, as if it had been rounded otherwise.
+    """
+
+    def __init__(self, model: nn.Module, masks: Masks, tiles: bool, digits: float = 0.0) -> None:
         super().__init__()
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.root, self.masks, self.tiles = model, masks, tiles
@@ -38,6 +42,7 @@ class Masked(TorchFunctionMode):
         self.count: Counter[str] = Counter()
         self.used: set[str] = set()
         self.tiled: list[tuple[Tensor, list[Tensor]]] = []
+        self.digits, self.noise = digits, torch.Generator().manual_seed(0)
 
     @property
     def path(self) -> str:
@@ -62,9 +67,10 @@ class Masked(TorchFunctionMode):
             return self.uniform(func, *args, **kwargs)
         if func in RECURRENT and isinstance(args[2], (list, tuple)):
             return self.recurrent(func, *args)
-        if func is F.linear and self.tiled:
-            return self.linear(*args, **kwargs)
-        return func(*args, **kwargs)
+        made = self.linear(*args, **kwargs) if func is F.linear and self.tiled else func(*args, **kwargs)
+        if self.digits and func in PRODUCTS:
+            made = made * (1 + self.digits * torch.randn(made.shape, generator=self.noise, dtype=made.dtype))
+        return made
 
     def dropout(
         self, func: Callable[..., Tensor], input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -132,9 +138,9 @@ class Masked(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def masked(model: nn.Module, masks: Masks, tiles: bool) -> Iterator[Masked]:
+def masked(model: nn.Module, masks: Masks, tiles: bool, digits: float = 0.0) -> Iterator[Masked]:
     """Calls of the model inside are the oracle's."""
-    mode = Masked(model, masks, tiles)
+    mode = Masked(model, masks, tiles, digits)
 
     def enter(module: nn.Module, _args: Any) -> None:
         mode.stack.append(module)
