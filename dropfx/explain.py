@@ -100,7 +100,7 @@ class Report:
         lines = [f"{rewritten} of {len(self.sites)} dropouts rewritten"]
         if self.flops_compact:
             lines.append(
-                f"FLOPs of Linears and recurrences per training step: {self.flops_dense:.3g} -> "
+                f"FLOPs of layers and recurrences per training step: {self.flops_dense:.3g} -> "
                 f"{self.flops_compact:.3g} ({self.flop_ratio:.2f}x)"
             )
         if rewritten:

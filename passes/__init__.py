@@ -29,6 +29,7 @@ from dropfx.passes.plan_regions import plan_regions
 from dropfx.passes.plan_tiles import plan_tiles
 from dropfx.passes.recognise_masks import recognise_masks
 from dropfx.passes.recognise_row_masks import recognise_row_masks
+from dropfx.passes.rewrite_convolution import rewrite_convolution
 from dropfx.passes.rewrite_embedding import rewrite_embedding
 from dropfx.passes.rewrite_linear import rewrite_linear
 from dropfx.passes.rewrite_recurrent import rewrite_recurrent
@@ -73,6 +74,7 @@ PIPELINE = (
     check_conversions,
     rewrite_views,
     rewrite_linear,
+    rewrite_convolution,
     rewrite_embedding,
     rewrite_recurrent,
     rewrite_residual,

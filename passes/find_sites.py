@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from torch import fx
 
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
+from dropfx.graph.axis_rules import COPIES, rule_of
+from dropfx.graph.layers import pointwise, unit_dim
 from dropfx.graph.nodes import argument, is_parameter, mark_gradients, op_name, value_of
 from dropfx.graph.notes import Dropping, notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
@@ -39,7 +42,7 @@ def _site(node: fx.Node, context: Context) -> Site:
     known = notes(node).get("site", Dropping(Call(node.name), argument(node, 1, "p", 0.5)))
     rate = known.rate
     numeric = isinstance(rate, (int, float))
-    site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, DROPOUT_FUNCTIONS[node.target])
+    site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, _axis(node, context))
     site.pattern = context.options.pattern
     site.reason = _refusal(node, site, context) if numeric else "its rate is known only when the graph runs"
     # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
@@ -58,6 +61,36 @@ def _site(node: fx.Node, context: Context) -> Site:
         except PatternRefused as refusal:
             site.reason = str(refusal)
     return site
+
+
+def _axis(node: fx.Node, context: Context) -> int:
+    """The axis of a site's units, counted from the end.
+
+    That of the channels where single elements of an image are dropped between convolutions of 1x1, which are Linears
+    over the channels; of a mask made by hand the last one that has values of its own.
+    """
+    axis, value = DROPOUT_FUNCTIONS[node.target], value_of(node)
+    if axis != -1 or value is None or context.options.pattern.drops_weights:
+        return axis
+    if node.target is shared_dropout:
+        own = [d for d, same in enumerate(argument(node, 2, "shared")) if not same]
+        return own[-1] - value.dim() if own else axis
+    return next((unit_dim(layer) for layer in _layers_around(node) if pointwise(layer)), axis)
+
+
+def _layers_around(node: fx.Node) -> Iterator[fx.Node]:
+    """The operations before and behind what works element by element around a site; those behind come first."""
+    for behind in (True, False):
+        pending, seen = [node], {node}
+        while pending:
+            at = pending.pop()
+            for other in list(at.users) if behind else at.all_input_nodes:
+                rule = rule_of(other)
+                if rule is None:
+                    yield other
+                elif other not in seen and (rule.pointwise or op_name(other) in COPIES):
+                    seen.add(other)
+                    pending.append(other)
 
 
 def _refusal(node: fx.Node, site: Site, context: Context) -> str:
@@ -104,15 +137,17 @@ def _groups(site: Site, context: Context) -> int:
 
 
 def _draws_needed(site: Site, context: Context) -> int:
-    """As many as keep what PyTorch's own masks do, of which it draws one for each position before the unit axis."""
-    value = value_of(site.node)
+    """As many as keep what PyTorch's own masks do, of which it draws one for each position beside the unit axis."""
+    node, value = site.node, value_of(site.node)
+    assert node is not None
     assert value is not None
-    lengths = list(value.shape[: value.dim() + site.axis])
-    if site.node is not None and site.node.target is shared_dropout:
-        shared = argument(site.node, 2, "shared")
-        lengths = [length for length, same in zip(lengths, shared, strict=False) if not same]
+    units = value.dim() + site.axis
+    shared = [d > units and DROPOUT_FUNCTIONS[node.target] != -1 for d in range(value.dim())]
+    if node.target is shared_dropout:
+        shared = list(argument(node, 2, "shared"))
         if shared[0]:
             return 1
+    lengths = [length for d, length in enumerate(value.shape) if d != units and not shared[d]]
     return draw_count(math.prod(lengths), site.leading, site.rate, str(context.options.groups)) if lengths else 1
 
 

@@ -1,13 +1,17 @@
 """linear(x * s, W) -> s * (x @ W^T) + b        base + alpha * (y * s) -> base + s * y, for alpha = 1
+conv(x * s, W, b) -> conv(x, W * s, b)         where the kept weight is smaller than x
 
 Only into an operation that is linear in the scaled value and reads it directly; the scale never moves past gelu.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from dropfx import ops
+from dropfx.graph.nodes import op_name, value_of
+from dropfx.graph.op_families import CONVOLUTIONS
 from dropfx.graph.pass_infra import Context, PassResult
 
 _SCALED = {ops.linear_op: 0, ops.residual_add_op: 1}
@@ -28,4 +32,21 @@ def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
                 operands[place], own = node.args[:2]
                 user.args = ops.flat(user.target, *operands, own)
                 modified = True
+        for user in [user for user in node.users if op_name(user) in CONVOLUTIONS]:
+            modified |= _into_weight(user, node)
     return PassResult(module, modified)
+
+
+def _into_weight(convolution: fx.Node, scaled: fx.Node) -> bool:
+    x, scale, _ = scaled.args
+    weight = convolution.args[1]
+    values = value_of(scaled), value_of(weight)
+    if convolution.args[0] is not scaled or weight is scaled or values[0] is None or values[1] is None:
+        return False
+    if values[1].numel() >= values[0].numel():
+        return False
+    with convolution.graph.inserting_before(convolution):
+        by_scale = convolution.graph.call_function(torch.mul, (weight, scale))
+    by_scale.meta = {"val": values[1]}
+    convolution.args = (x, by_scale, *convolution.args[2:])
+    return True

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from dropfx import ops
-from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.layers import multiplies, products_of
+from dropfx.graph.nodes import op_name
 from dropfx.graph.notes import Form, notes
+from dropfx.graph.op_families import CONVOLUTIONS
 from dropfx.graph.pass_infra import Context, PassResult, Site
-from dropfx.planning.cost_model import everything_prices, linear_products, recurrent_flops, region_prices, step_times
+from dropfx.planning.cost_model import everything_prices, recurrent_flops, region_prices, step_times
 from dropfx.planning.fused_rnn import in_one_piece
 from dropfx.planning.min_cut import cut, price
 from dropfx.planning.regions import Region, RegionRefused, ends, grow, is_product
@@ -70,7 +72,7 @@ def _prefer_reasons_of_neighbours(module: fx.GraphModule, context: Context) -> N
 def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[int, _Choice]) -> _Choice | None:
     site, options = context.sites[index], context.options
     assert site.fit is not None
-    taken = {n for c in chosen.values() for n in c.compact if op_name(n) != "linear"}
+    taken = {n for i, c in chosen.items() for n in c.compact if not _takes_both(n, site, context.sites[i])}
     try:
         region = grow(module, site, taken)
     except RegionRefused as refusal:
@@ -88,10 +90,19 @@ def _choose(module: fx.GraphModule, context: Context, index: int, chosen: dict[i
     return None if site.reason else _Choice(region, compact)
 
 
+def _takes_both(node: fx.Node, site: Site, other: Site) -> bool:
+    """Whether a node that is compact for the other site can be so for this one too: a layer, on its other side.
+
+    A convolution is made once for each group of rows, and so the groups must be the same.
+    """
+    alike = op_name(node) not in CONVOLUTIONS or 1 in (site.groups, other.groups) or site.groups == other.groups
+    return multiplies(node) and alike
+
+
 def _no_gain(region: Region) -> str:
     if any(map(is_product, region.nodes)):
         return "moving its kept units costs more than it saves"
-    return "no Linear or Embedding next to it could skip work" + ends(region)
+    return "no Linear, convolution or Embedding next to it could skip work" + ends(region)
 
 
 def _keeps(node: fx.Node, context: Context, chosen: dict[int, _Choice]) -> tuple[float, float]:
@@ -118,14 +129,13 @@ def _annotate(index: int, choice: _Choice) -> None:
 
 
 def _count_flops(graph: fx.Graph, context: Context, chosen: dict[int, _Choice]) -> None:
-    """FLOPs of the Linears' and recurrent products, forward and backward: of the model, and around each site."""
+    """FLOPs of layers and recurrences, forward and backward: of the model, and around each site."""
     for node in graph.nodes:
         if node.target is ops.recurrence_op:
             _count_recurrent(node, context, chosen)
-        weight = value_of(argument(node, 1, "weight")) if op_name(node) == "linear" else None
-        if value_of(node) is None or weight is None or weight.dim() != 2:
+        if not multiplies(node):
             continue
-        m, n, k, products = linear_products(node)
+        m, n, k, products = products_of(node)
         keep_in, keep_out = _keeps(node, context, chosen)
         dense = 2 * m * n * k * products
         compact = round(dense * keep_in * keep_out)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from dropfx.graph.layers import products_of
 from dropfx.graph.nodes import argument, clean_up, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.patterns import PatternRefused, Tile
-from dropfx.planning.cost_model import linear_products, tiled_times
+from dropfx.planning.cost_model import tiled_times
 
 
 def plan_tiles(module: fx.GraphModule, context: Context) -> PassResult:
@@ -34,7 +35,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
         return "its output is not read by Linears alone, whose weights could drop tiles"
     if any("tiles" in notes(user) for user in linears):
         return "a Linear that reads it drops tiles of its weight for another site"
-    shapes = [linear_products(user)[1:3] for user in linears]
+    shapes = [products_of(user)[1:3] for user in linears]
     try:
         site.fit = context.options.pattern.fit(min(pattern.tiles(*shape) for shape in shapes), site.rate)
     except PatternRefused as refusal:
@@ -46,7 +47,7 @@ def _plan(index: int, site: Site, context: Context, pattern: Tile) -> str:
     site.weights = shapes
     for user in linears:
         notes(user)["tiles"] = index
-        m, n, k, products = linear_products(user)
+        m, n, k, products = products_of(user)
         flops = 2 * m * n * k * products
         site.flops_dense += flops
         site.flops_compact += round(flops * site.fit.keep)

@@ -145,7 +145,8 @@ def _shared(x: Tensor | None, mask: Tensor | None, product: Tensor | None) -> tu
     missing = x.dim() - mask.dim()
     sizes = zip(mask.shape, x.shape[missing:], mask.stride(), strict=True)
     own = [False] * missing + [m == n and (stride != 0 or n == 1) for m, n, stride in sizes]  # 0: it was expanded
-    return tuple(not axis for axis in own) if own[-1] else None
+    # rows whose units share one value are for `skip_rows`
+    return tuple(not axis for axis in own) if own[-1] or any(own[1:]) else None
 
 
 # -- one mask of several products -----------------------------------------------------------------------------------

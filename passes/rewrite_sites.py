@@ -9,10 +9,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from dropfx import ops
-from dropfx.graph.nodes import argument, insert, value_of
+from dropfx.graph.nodes import argument, insert, memory_order, value_of
 from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.planning.rows import same_rows
@@ -28,7 +28,7 @@ def rewrite_sites(module: fx.GraphModule, context: Context) -> PassResult:
             have, want = notes(operand).get("form"), reads.get(operand)
             if have == want:
                 continue
-            with graph.inserting_after(operand):
+            with graph.inserting_before(operand.next):
                 source = _scatter(operand, have, context, converted) if have else operand
             if want:
                 with graph.inserting_before(node):
@@ -66,9 +66,9 @@ def _gather(
     # under another grad mode or autocast it would be another value
     key = (source, form, notes(reader).get("after_effects"))
     if key not in done or "pinned" in notes(dense):  # a write between two readers changes what they take
-        args = ops.flat(ops.gather_op, source, kept_of(graph, form, context), form.axis.dim)
-        done[key] = insert(graph, ops.gather_op, args, like=dense)
-        notes(done[key]).pop("reads", None)
+        kept = kept_of(graph, form, context)
+        done[key] = move(graph, ops.gather_op, source, kept, form.axis.dim, value_of(source))
+        done[key].meta |= {name: note for name, note in dense.meta.items() if name != "reads"}
         notes(done[key])["form"] = form
     return done[key]
 
@@ -79,10 +79,27 @@ def _scatter(operand: fx.Node, form: Form, context: Context, done: dict[Any, fx.
         graph, value = operand.graph, value_of(operand)
         assert value is not None
         units = value.shape[form.axis.dim]
-        args = ops.flat(ops.scatter_op, operand, kept_of(graph, form, context), form.axis.dim, units)
-        done[key] = insert(graph, ops.scatter_op, args, like=operand)
+        kept = kept_of(graph, form, context)
+        done[key] = move(graph, ops.scatter_op, operand, kept, form.axis.dim, value, units)
         done[key].meta = {"val": value}
     return done[key]
+
+
+def move(
+    graph: fx.Graph, op: Any, source: fx.Node, kept: ops.Kept, dim: int, value: Tensor | None, *rest: Any
+) -> fx.Node:
+    """A gather or scatter along an axis (negative) of what stands for a dense value: it lies in memory as that does."""
+    known = value is not None and value.dim() + dim >= 0 and 0 not in value.stride()  # 0: it was expanded
+    order = list(memory_order(value)) if value is not None and known else []
+    turned = order != sorted(order) and (order[0] == 0 or not kept.leading)
+    if not turned:
+        return graph.call_function(op, ops.flat(op, source, kept, dim, *rest))
+    laid = graph.call_method("permute", (source, *order))
+    if (form := notes(source).get("form")) is not None:
+        notes(laid)["reads"] = {source: form}
+    place = order.index(len(order) + dim) - len(order)
+    made = graph.call_function(op, ops.flat(op, laid, kept, place, *rest))
+    return graph.call_method("permute", (made, *(order.index(axis) for axis in range(len(order)))))
 
 
 def _scale(node: fx.Node, scale: fx.Node, axis: int) -> None:

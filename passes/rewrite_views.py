@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
-
 from torch import fx
 
 from dropfx.graph.nodes import op_name
-from dropfx.graph.notes import notes
+from dropfx.graph.notes import Form, notes
 from dropfx.graph.pass_infra import Context, PassResult
 from dropfx.graph.view_sizes import name_size, names_size, sizes_of_model
 
@@ -25,12 +23,13 @@ def rewrite_views(module: fx.GraphModule, context: Context) -> PassResult:
             sizes_of_model(node)
             modified = True
         if op_name(node) in _NAMING and names_size(node, form.axis.dim):
-            name_size(node, form.axis.dim, _width(node, form, context))
+            name_size(node, form.axis.dim, kept_width(node, form, context))
             modified = True
     return PassResult(module, modified)
 
 
-def _width(node: fx.Node, form: Any, context: Context) -> fx.Node:
+def kept_width(node: fx.Node, form: Form, context: Context) -> fx.Node:
+    """The positions that a form keeps of its axis, as a node before `node`."""
     width = context.draws[form.site]["width"]
     if form.axis.factor == 1:
         return width

@@ -14,6 +14,7 @@ from torch import fx
 
 from dropfx.graph.axis_rules import UnitAxis
 from dropfx.graph.emit import fake_value
+from dropfx.graph.layers import multiplies
 from dropfx.graph.nodes import insert, mark_gradients, memory_order, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.op_families import SUMS
@@ -89,12 +90,12 @@ def _branch(site: Site, mask: RowMask, context: Context) -> Branch | None:
 
 
 def _count_flops(branch: Branch, site: Site, context: Context) -> None:
-    """Of the branch; what the graph no longer shows of its Linears is part of the model as written."""
+    """Of the branch; what the graph no longer shows of its layers is part of the model as written."""
     for node in branch.axes:
         flops = products_flops(node)
         kept = round(flops * (1 - site.rate))
         site.flops_dense, site.flops_compact = site.flops_dense + flops, site.flops_compact + kept
-        if op_name(node) == "linear":
+        if multiplies(node):
             context.flops_dense += flops - kept
 
 

@@ -56,14 +56,31 @@ class DeviceCosts:
         # the weight is laid out anew at each call, which few rows do not hide
         return self.launch + 2 * m * n * k / self.flops[4] / self.packed + n * k * itemsize / 2 / self.bytes
 
+    def convolution(self, m: float, n: float, channels: float, taps: int, itemsize: int = 4) -> float:
+        """Seconds of m positions of n channels, of `taps` values of each input channel; few fill lanes."""
+        padded = math.ceil(n / LANES) * math.ceil(channels / LANES) * LANES**2
+        arithmetic = 2 * m * padded * taps / self.flops.get(itemsize, self.flops[4])
+        values, weights = m * (n + channels), n * channels * taps
+        traffic = (values + 3 * weights) * itemsize / self.bytes  # the weight is laid out anew at each call
+        return self.launch + max(arithmetic, traffic)
+
     def move(self, elements: float, itemsize: int = 4, passes: float = 2.0) -> float:
         """Seconds to stream `elements`, by default read once and written once."""
         return self.launch + elements * itemsize * passes / self.bytes
 
-    def dropout(self, elements: float, itemsize: int = 4) -> float:
-        """Seconds of PyTorch's own dropout, forward and backward: mask, product, product."""
-        return elements / self.random + 2 * self.move(elements, itemsize, 3)
+    def dropout(self, elements: float, itemsize: int = 4, numbers: float | None = None) -> float:
+        """Seconds of PyTorch's own dropout, forward and backward: mask, product, product.
 
+        Args:
+            elements: of the tensor.
+            itemsize: bytes of each.
+            numbers: those drawn, where they are fewer: one a channel.
+        """
+        return (elements if numbers is None else numbers) / self.random + 2 * self.move(elements, itemsize, 3)
+
+
+LANES = 16
+"""Channels that a convolution's vectors hold: fewer cost as many."""
 
 DEVICES: dict[str, DeviceCosts] = {
     "cpu": DeviceCosts(

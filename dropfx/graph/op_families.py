@@ -3,7 +3,9 @@
 CATS = ("cat", "concat", "concatenate")
 MULTIPLICATIONS = ("mul", "multiply")
 DIVISIONS = ("div", "truediv", "divide", "true_divide")
-GEMMS = ("linear", "embedding")
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+"""Name -> axes behind the channels. Transposed ones, whose weight is [in, out, ...], are not among them."""
+GEMMS = ("linear", "embedding", *CONVOLUTIONS)
 """Layers that can make compact values of their own: they look up or multiply by a part of their weight."""
 SPLITS = ("chunk", "split", "split_with_sizes", "tensor_split")
 """Along one axis, which all keep."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
+from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, POOLS, axes_of_index, axes_of_permutation
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
-from dropfx.graph.op_families import SPLITS
+from dropfx.graph.op_families import CONVOLUTIONS, SPLITS
 
 Source = tuple[fx.Node, int]
 
@@ -44,6 +44,11 @@ def _earlier(node: fx.Node, dim: int) -> Source | int | None:
         weight, last = argument(node, 1, "weight"), dim == value.dim() - 1
         found = (weight, 0) if last else (argument(node, 0, "input"), dim)
         return found if isinstance(found[0], fx.Node) else None
+    if name in CONVOLUTIONS and dim in (0, 1) and value.dim() == CONVOLUTIONS[name] + 2:
+        found = (argument(node, 0, "input"), 0) if dim == 0 else (argument(node, 1, "weight"), 0)
+        return found if isinstance(found[0], fx.Node) else None
+    if name in (*POOLS, "interpolate") and dim in (0, 1) and isinstance(first, fx.Node):
+        return first, dim
     if name in PERMUTATIONS and isinstance(first, fx.Node):
         axes = axes_of_permutation(node)
         return None if axes is None else (first, axes[dim])

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_permutation
 from dropfx.graph.axis_rules.along import DIM
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.layers import depthwise
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.op_families import CATS, DIVISIONS, SPLITS
 from dropfx.ops.shared_dropout import shared_dropout
@@ -62,7 +63,7 @@ def _at_site(site: fx.Node, value: Tensor, unit_axis: int) -> tuple[str, ...]:
     """In PyTorch an element has its own mask, a channel one for all axes after it, and a shared mask says so."""
     units, rank = value.dim() + unit_axis, value.dim()
     shared = argument(site, 2, "shared") if site.target is shared_dropout else (False,) * rank
-    last = rank if unit_axis == -1 else units
+    last = rank if DROPOUT_FUNCTIONS[site.target] == -1 else units
     return tuple("u" if d == units else "r" if d < last and not shared[d] else "" for d in range(rank))
 
 
@@ -196,7 +197,7 @@ def _behind(node: fx.Node, read: dict[fx.Node, Trail]) -> Trail | None:
     if name == "stack":
         dim, axes = argument(node, 1, "dim", 0) % out.dim(), first.axes or ()
         return Trail((*axes[:dim], "", *axes[dim:]), first.reduced)
-    if _known(name) or node.target in DROPOUT_FUNCTIONS or _depthwise(node):
+    if _known(name) or node.target in DROPOUT_FUNCTIONS or depthwise(node):
         return _aligned(out, read)
     return None
 
@@ -206,13 +207,6 @@ def _known(name: str) -> bool:
     if rule is not None and (rule.pointwise or name in COPIES or name in CATS):
         return True
     return name in _ELEMENTWISE.split() or name in _BROADCASTS or any(part in name for part in _SPATIAL)
-
-
-def _depthwise(node: fx.Node) -> bool:
-    """A convolution that gives each channel a filter of its own."""
-    weight = value_of(argument(node, 1, "weight"))
-    apart = op_name(node) in ("conv1d", "conv2d", "conv3d") and weight is not None
-    return apart and weight.size(1) == 1 and argument(node, 6, "groups", 1) > 1  # type: ignore[union-attr]
 
 
 def _aligned(out: Tensor, read: dict[fx.Node, Trail]) -> Trail:

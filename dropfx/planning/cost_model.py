@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from dropfx import ops
 from dropfx.graph.axis_rules import COPIES, PERMUTATIONS, RESHAPES
 from dropfx.graph.device_costs import DeviceCosts
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.layers import multiplies, products_of, taps_of
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import Form, forms_of, notes, sites_of
 from dropfx.graph.op_families import GEMMS, SPLITS, SUMS
@@ -20,17 +22,7 @@ from dropfx.planning.min_cut import Prices
 from dropfx.planning.regions import Region, drops, is_product
 
 Keeps = Callable[[fx.Node], tuple[float, float]]
-"""Linear -> kept share of its input and output units, as the other sites have decided."""
-
-
-def linear_products(node: fx.Node) -> tuple[int, int, int, int]:
-    """(M, N, K, products) of a Linear: 1 product forward and one for each gradient that is asked of it."""
-    operands = argument(node, 0, "input"), argument(node, 1, "weight")
-    x, weight = map(value_of, operands)
-    assert x is not None
-    assert weight is not None
-    rows = x.numel() // max(x.size(-1), 1)
-    return rows, weight.size(0), weight.size(1), 1 + sum(bool(notes(o).get("asks_gradient")) for o in operands)
+"""Layer -> kept share of its input and output units, as the other sites have decided."""
 
 
 def recurrent_flops(node: fx.Node, keep: float = 1.0) -> int:
@@ -76,24 +68,27 @@ def _labels(
     region: Region, node: fx.Node, keep: float, others: Keeps, costs: DeviceCosts, groups: int, sharing: int
 ) -> tuple[int, int]:
     elements, itemsize = _size(node)
-    if op_name(node) == "linear":
+    if multiplies(node):
         keep_in, keep_out = others(node)
-        dense = _linear(node, keep_in, keep_out, costs, itemsize)
+        dense = _layer(node, keep_in, keep_out, costs, itemsize)
         if node in region.sinks:
             keep_in = keep
         else:
             keep_out = keep
-        return _nanoseconds(_linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
+        return _nanoseconds(_layer(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
     if node.target is ops.recurrence_op:
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
     if node is region.site:
-        kept, dense = _site_times(elements, itemsize, keep, costs)
+        kept, dense = _site_times(node, keep, costs)
         return _nanoseconds(kept), _nanoseconds(dense)
     if node in region.sinks:
         assert op_name(node) in SUMS, node
         kept, dense = _residual_times(elements, itemsize, keep, costs)
         return _nanoseconds(kept), _nanoseconds(dense)
+    if is_costly(node):  # a depthwise convolution
+        kept, dense = (_of_its_own(node, costs, itemsize) * share for share in (keep, 1.0))
+        return _nanoseconds(costs.gathered + kept), _nanoseconds(dense)
     each = 2 * (1 + len(region.wants.get(node, {})))
     fixed = costs.gathered if op_name(node) in GEMMS else 0.0
     return (
@@ -102,16 +97,44 @@ def _labels(
     )
 
 
-def _site_times(elements: int, itemsize: int, keep: float, costs: DeviceCosts) -> tuple[float, float]:
+def _site_times(site: fx.Node, keep: float, costs: DeviceCosts) -> tuple[float, float]:
     """Seconds of a dropout, rewritten and as written."""
+    elements, itemsize = _size(site)
     kept = costs.draw + 2 * costs.move(elements * keep, itemsize)
-    return kept, costs.dropout(elements, itemsize)
+    axis, value = DROPOUT_FUNCTIONS.get(site.target, -1), value_of(site)
+    numbers = elements if axis == -1 or value is None else math.prod(value.shape[: value.dim() + axis + 1])
+    return kept, costs.dropout(elements, itemsize, numbers)
 
 
 def _residual_times(elements: int, itemsize: int, keep: float, costs: DeviceCosts) -> tuple[float, float]:
     """Seconds of a sum that adds the kept units alone, and of one that adds all."""
     kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
     return kept, costs.move(elements, itemsize, 3)
+
+
+def _layer(
+    node: fx.Node,
+    keep_in: float,
+    keep_out: float,
+    costs: DeviceCosts,
+    itemsize: int,
+    groups: int = 1,
+    sharing: int = 1,
+) -> float:
+    """Seconds of the products of a layer that multiplies."""
+    if op_name(node) == "linear":
+        return _linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)
+    m, n, k, products = products_of(node)
+    channels, taps = taps_of(node)
+    if keep_in == keep_out == 1:
+        return products * costs.convolution(m, n, channels, taps, itemsize)
+    rows, columns = n * keep_out, k * keep_in
+    each = products * costs.convolution(m / groups, rows, channels * keep_in, taps, itemsize)
+    # a weight is gathered for each group, its gradient put among zeros; groups are cut and joined
+    each += 2 * costs.move(rows * columns, itemsize) + costs.move(n * k, itemsize, 1 if groups == 1 else 3)
+    cut = 0.0 if groups == 1 else 2 * costs.move(m * rows, itemsize)
+    gathers = (keep_in < 1) + 2 * (keep_out < 1)  # of the weight, of the bias too
+    return groups * each + gathers * (costs.gathered + 4 * (groups - 1) * costs.launch) + cut
 
 
 def _linear(
@@ -124,7 +147,7 @@ def _linear(
     sharing: int = 1,
 ) -> float:
     """Seconds of its products; of what is gathered, its part where as many as `sharing` share it."""
-    m, n, k, products = linear_products(node)
+    m, n, k, products = products_of(node)
     if keep_in == keep_out == 1:
         gemm = costs.packed_gemm if _in_one_piece(node) is not None else costs.gemm
         return products * gemm(m, n, k, itemsize)
@@ -236,11 +259,11 @@ def node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     costs, (elements, itemsize) = context.costs, _size(node)
     reads, makes = forms_of(node)
     keep_in, keep_out = kept_share(reads, context), kept_share(makes, context)
-    if op_name(node) == "linear" and _is_matrix(node):
+    if multiplies(node):
         groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
         return (
-            _linear(node, 1.0, 1.0, costs, itemsize),
-            _linear(node, keep_in, keep_out, costs, itemsize, groups),
+            _layer(node, 1.0, 1.0, costs, itemsize),
+            _layer(node, keep_in, keep_out, costs, itemsize, groups),
         )
     if node.target is ops.recurrence_op:
         as_written, kept = recurrent_times(node, keep_in, costs)
@@ -250,10 +273,10 @@ def node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     if op_name(node) in _FREE or elements == 0:
         return 0.0, 0.0
     if is_costly(node):
-        time = 3 * sum(costs.gemm(m, n, k, itemsize) for m, n, k in _products(node))
-        return time, time
+        time = _of_its_own(node, costs, itemsize)
+        return time, time * keep_out
     if drops(node):
-        kept, dense = _site_times(elements, itemsize, keep_out, costs)
+        kept, dense = _site_times(node, keep_out, costs)
         return dense, kept if makes is not None else dense
     fixed = costs.gathered if op_name(node) in GEMMS and makes is not None else 0.0
     if reads is not None and makes is None:  # a sum that adds the kept units alone
@@ -276,10 +299,15 @@ def is_costly(node: fx.Node) -> bool:
 
 def products_flops(node: fx.Node) -> int:
     """FLOPs of its matrix products, forward and backward; 0 for what multiplies none."""
-    if op_name(node) == "linear" and _is_matrix(node):
-        m, n, k, products = linear_products(node)
+    if multiplies(node):
+        m, n, k, products = products_of(node)
         return 2 * m * n * k * products
     return 3 * sum(2 * m * n * k for m, n, k in _products(node)) if is_costly(node) else 0
+
+
+def _of_its_own(node: fx.Node, costs: DeviceCosts, itemsize: int) -> float:
+    """Seconds of the products of what is no layer that multiplies, forward and backward."""
+    return 3 * sum(costs.gemm(m, n, k, itemsize) for m, n, k in _products(node))
 
 
 def _products(node: fx.Node) -> list[tuple[int, int, int]]:
@@ -307,15 +335,9 @@ def _size_of_last(node: fx.Node) -> int:
     return 1 if value is None or value.dim() == 0 else int(value.size(-1))
 
 
-def _is_matrix(linear: fx.Node) -> bool:
-    """Whether the shapes of a Linear's operands are known, and its weight is a matrix."""
-    weight = value_of(argument(linear, 1, "weight"))
-    return weight is not None and weight.dim() == 2 and value_of(argument(linear, 0, "input")) is not None
-
-
 def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceCosts) -> dict[str, float]:
     """Seconds of a gathered Linear, forward and backward, by lowering: copies and BLAS, or a gather in the product."""
-    m, n, k, products = linear_products(node)
+    m, n, k, products = products_of(node)
     itemsize = _size(node)[1]
     product = costs.gemm(m, n * keep_out, k * keep_in, itemsize)
     fused = costs.launch + (product - costs.launch) / costs.fused
@@ -327,7 +349,7 @@ def tiled_times(site: fx.Node, linears: Sequence[fx.Node], keep: float, costs: D
     elements, itemsize = _size(site)
     dense, tiled = costs.dropout(elements, itemsize), 0.0
     for linear in linears:
-        m, n, k, products = linear_products(linear)
+        m, n, k, products = products_of(linear)
         dense += products * costs.gemm(m, n, k, itemsize)
         classes = round(1 / keep)
         tiled += classes * products * costs.gemm(m, n * keep, k * keep, itemsize)

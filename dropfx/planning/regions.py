@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,11 +11,12 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.axis_rules import Operands, rule_of
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.layers import conv_groups, depthwise, multiplies, unit_dim
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
-from dropfx.graph.op_families import GEMMS, SUMS
+from dropfx.graph.op_families import CONVOLUTIONS, GEMMS, SUMS
 from dropfx.graph.pass_infra import Site
-from dropfx.graph.size_origin import is_fixed
+from dropfx.graph.size_origin import is_fixed, origin
 from dropfx.planning.batch_statistics import reached_statistic
 from dropfx.planning.rows import leads_before, leads_behind, same_leading, same_rows
 
@@ -37,7 +38,8 @@ class Region:
         forms: compact-capable value -> where the units lie in it (producers, unit-wise nodes, the site).
         wants: node -> operand -> the form in which it reads that operand when it is compact.
         before: the nodes of `forms` that precede the site.
-        sinks: consumers, which read compact and emit dense: Linear, recurrence of a dropped weight, residual add.
+        sinks: consumers, which read compact and emit dense: Linear, convolution, recurrence of a dropped weight,
+            residual add.
         probabilities: the site drops the outcome of a softmax over its units.
         grouped: the draws differ along the site's first axis.
         straight: values whose first axis is the site's, or whole positions of it.
@@ -103,8 +105,11 @@ def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | N
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
     if drops(node) or (region.grouped and not leads_before(node, at, region.site)):
         return None
-    if op_name(node) in GEMMS:
-        return region.wants.get(node, {}) if at == UnitAxis(-1) and _gatherable(node) else None
+    if op_name(node) in GEMMS and not depthwise(node):
+        gatherable = at == UnitAxis(unit_dim(node)) and _gatherable(node) and _cuts_rows(region, node)
+        return region.wants.get(node, {}) if gatherable else None
+    if region.grouped and depthwise(node):
+        return None  # one filter a channel, and several draws
     rule = rule_of(node)
     operands = None if rule is None else rule.operands(node, at)
     merges = operands is not None and any(axis.factor > at.factor for axis in operands.values())
@@ -133,20 +138,18 @@ def _over_units(node: fx.Node, axis: UnitAxis) -> bool:
 
 def _gatherable(node: fx.Node) -> bool:
     """Whether the arguments of one of GEMMS are such that its weight can be gathered."""
-    return _PLAIN[op_name(node)](node)
+    return _plain_embedding(node) if op_name(node) == "embedding" else multiplies(node)
 
 
-def _plain_linear(node: fx.Node) -> bool:
-    weight = value_of(argument(node, 1, "weight"))
-    return weight is not None and weight.dim() == 2 and value_of(node) is not None
+def _cuts_rows(region: Region, layer: fx.Node) -> bool:
+    """Whether a layer can multiply each group of rows by itself: a convolution cuts its first axis as the site does."""
+    alike = op_name(layer) not in CONVOLUTIONS or origin(layer, 0) == origin(region.site, 0)
+    return alike or not region.grouped
 
 
 def _plain_embedding(node: fx.Node) -> bool:
     plain = (("max_norm", 3, None), ("scale_grad_by_freq", 5, False), ("sparse", 6, False))
     return all(argument(node, place, name, default) == default for name, place, default in plain)
-
-
-_PLAIN: dict[str, Callable[[fx.Node], bool]] = {"linear": _plain_linear, "embedding": _plain_embedding}
 
 
 def _grow_after(region: Region, taken: set[fx.Node]) -> None:
@@ -158,8 +161,8 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
         if region.probabilities and op_name(node) in _PRODUCTS:
             raise RegionRefused("it drops attention probabilities: no weight multiplies their units, activations do")
         free = not ("pinned" in notes(node) or drops(node))
-        if free and op_name(node) == "linear":
-            _linear_consumer(region, node, read)
+        if free and multiplies(node):
+            _layer_consumer(region, node, read)
         elif free and node not in taken and recurrent_weight(node) in read:
             _recurrent_consumer(region, node, read)
         elif free and node not in taken and (found := _unitwise_after(region, node, read, zeros)) is not None:
@@ -170,7 +173,7 @@ def _grow_after(region: Region, taken: set[fx.Node]) -> None:
         elif free and node not in taken and _takes_residual(node, read, region):
             region.sinks.add(node)
             region.wants[node] = {read[0]: region.forms[read[0]]}
-        if node not in zeros and not (op_name(node) == "linear" and node in region.sinks):
+        if node not in zeros and not (multiplies(node) and node in region.sinks):
             region.ends_behind.append(node)
 
 
@@ -181,12 +184,14 @@ def _after(site: fx.Node) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _linear_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
+def _layer_consumer(region: Region, node: fx.Node, read: list[fx.Node]) -> None:
     source = argument(node, 0, "input")
-    if read != [source] or not _gatherable(node):
+    if read != [source] or not _cuts_rows(region, node):
         return
-    if region.forms[source].dim != -1:
-        raise RegionRefused("a Linear after it sums over another axis than the one whose units it drops")
+    if region.forms[source].dim != unit_dim(node):
+        if op_name(node) == "linear":
+            raise RegionRefused("a Linear after it sums over another axis than the one whose units it drops")
+        return
     region.sinks.add(node)
     region.wants[node] = {source: region.forms[source]}
 
@@ -213,7 +218,7 @@ def _unitwise_after(
 ) -> tuple[UnitAxis, Operands] | None:
     """Where the units of an operation of units lie, and what it reads compact; None where it is none or mixes them."""
     rule = rule_of(node)
-    if rule is None or not rule.zero(node, zeros):
+    if rule is None or not rule.zero(node, zeros) or (region.grouped and depthwise(node)):
         return None
     found = {rule.output(node, operand, region.forms[operand]) for operand in read}
     at = found.pop()
@@ -272,6 +277,10 @@ def _named(region: Region, node: fx.Node) -> str:
     name, rule = op_name(node), rule_of(node)
     if name == "linear":
         return "a Linear along another axis"
+    if name in CONVOLUTIONS and conv_groups(node) != 1:
+        return f"{name} of {conv_groups(node)} groups"
+    if multiplies(node) and node not in region.forms and node not in region.sinks:
+        return f"{name} along other axes"
     if rule is not None and rule.moves_rows:
         return f"{name}, which cuts or moves the {'groups or the units' if region.grouped else 'units'}"
     return name or str(getattr(node.target, "__name__", node.target))

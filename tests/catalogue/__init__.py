@@ -7,6 +7,7 @@ from tests.catalogue import (
     attention,
     axes,
     cells,
+    convolutions,
     hooks,
     inplace,
     masks,
@@ -33,6 +34,7 @@ FILES = (
     recurrent,
     arguments,
     cells,
+    convolutions,
     hooks,
     masks,
 )

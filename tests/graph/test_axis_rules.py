@@ -62,7 +62,7 @@ class Ends(nn.Module):
     def __init__(self, op: str) -> None:
         super().__init__()
         self.op, self.drop, self.norm = op, nn.Dropout(0.5), nn.LayerNorm(64)
-        self.conv = nn.Conv1d(64, 64, 1)
+        self.conv = nn.Conv1d(64, 64, 1, groups=2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop(self.conv(x.transpose(1, 2)).transpose(1, 2))
@@ -74,7 +74,7 @@ class Ends(nn.Module):
 )
 def test_reason_names_what_is_next_to_the_site(op: str, words: str) -> None:
     report = dropfx.explain(Ends(op), torch.randn(2, 3, 64), options={"min_speedup": 0})
-    assert report.sites[0].reason.endswith(f"(before it: conv1d; after it: {words})")
+    assert report.sites[0].reason.endswith(f"(before it: conv1d of 2 groups; after it: {words})")
 
 
 def test_attention_is_the_reason_also_where_no_pattern_fits() -> None:

@@ -19,6 +19,7 @@ from dropfx.graph.axis_rules.pointwise import (
     threshold_zero,
 )
 from dropfx.graph.axis_rules.rule import AxisRule
+from dropfx.graph.axis_rules.spatial import FILTERS, PADDING, POSITIONS
 from dropfx.graph.axis_rules.views import (
     first_stays,
     index_keeps_first,
@@ -29,9 +30,10 @@ from dropfx.graph.axis_rules.views import (
     reshape_operands,
     reshape_output,
 )
+from dropfx.graph.layers import multiplies
 from dropfx.graph.nodes import op_name, parts_of, value_of
 from dropfx.graph.notes import notes
-from dropfx.graph.op_families import DIVISIONS, MULTIPLICATIONS, SUMS
+from dropfx.graph.op_families import CONVOLUTIONS, DIVISIONS, MULTIPLICATIONS, SUMS
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
@@ -44,6 +46,7 @@ _NOT_ZERO_AT_ZERO = (
 _COPIES = "contiguous clone detach to float double half bfloat16 type type_as cpu cuda alias resolve_conj resolve_neg"
 COPIES = frozenset(_COPIES.split())
 RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
+POOLS = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3))
 PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"])
 
 AXIS_RULES: dict[str, AxisRule] = {
@@ -61,6 +64,9 @@ AXIS_RULES: dict[str, AxisRule] = {
     **{name: AxisRule(permute_operands, permute_output, always, first_stays, moves_rows=True) for name in PERMUTATIONS},
     "getitem": AxisRule(index_operands, index_output, always, index_keeps_first, moves_rows=True),
     "stack": AxisRule(stack_operands, stack_output, all_sources, stack_keeps_first, moves_rows=True),
+    **dict.fromkeys([*POOLS, "interpolate"], POSITIONS),
+    "pad": PADDING,
+    **dict.fromkeys(CONVOLUTIONS, FILTERS),
     **{name: along_rule(never if "softmax" in name else all_sources) for name in DIM},
 }
 """Operation name (as `nodes.op_name` gives it) -> its row. What has no row is dense."""
@@ -70,6 +76,6 @@ def rule_of(node: fx.Node) -> AxisRule | None:
     """The row of a node's operation, None where everything must be dense; "identity": a dropout of rate 0."""
     if notes(node).get("identity"):
         return AXIS_RULES["clone"]
-    if value_of(node) is None and parts_of(node) is None:
+    if (value_of(node) is None and parts_of(node) is None) or multiplies(node):
         return None
     return AXIS_RULES.get(op_name(node))
