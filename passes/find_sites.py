@@ -12,7 +12,8 @@ from dropfx.graph.axis_rules import COPIES, rule_of
 from dropfx.graph.layers import pointwise, unit_dim
 from dropfx.graph.nodes import argument, is_parameter, mark_gradients, op_name, value_of
 from dropfx.graph.notes import Dropping, notes
-from dropfx.graph.pass_infra import Context, PassResult, Site
+from dropfx.graph.pass_infra import Context, PassResult, Site, Within
+from dropfx.ops.rows import dropout_of_rows
 from dropfx.ops.shared_dropout import shared_dropout
 from dropfx.patterns import PatternRefused
 from dropfx.planning.draw_count import draw_count
@@ -44,6 +45,10 @@ def _site(node: fx.Node, context: Context) -> Site:
     numeric = isinstance(rate, (int, float))
     site = Site(known.call, float(rate) if numeric else 0.0, known.live, node, _axis(node, context))
     site.pattern = context.options.pattern
+    if node.target is dropout_of_rows:
+        rows, dim, factor = node.args[2:5]
+        number = next(index for index, draw in context.draws.items() if draw.get("rows") is rows)
+        site.within = Within(number, dim, factor)  # type: ignore[arg-type]
     site.reason = _refusal(node, site, context) if numeric else "its rate is known only when the graph runs"
     # whatever it would drop by, its neighbours' units pass through it; a mask made by hand is drawn all the same
     notes(node)["identity"] = (

@@ -13,14 +13,15 @@ import torch
 from torch import fx
 
 from dropfx.graph.axis_rules import UnitAxis
+from dropfx.graph.dropout_ops import OF_ELEMENTS
 from dropfx.graph.emit import fake_value
 from dropfx.graph.layers import multiplies
-from dropfx.graph.nodes import insert, mark_gradients, memory_order, op_name, value_of
+from dropfx.graph.nodes import argument, insert, mark_gradients, memory_order, op_name, value_of
 from dropfx.graph.notes import notes
 from dropfx.graph.op_families import SUMS
 from dropfx.graph.pass_infra import Context, PassResult, Site
 from dropfx.graph.view_sizes import SIZES_AFTER, name_size, names_size, sizes_of_model
-from dropfx.ops.rows import add_rows, put_rows, take_rows
+from dropfx.ops.rows import add_rows, dropout_of_rows, put_rows, take_rows
 from dropfx.patterns import Rows
 from dropfx.planning.cost_model import products_flops
 from dropfx.planning.row_masks import RowMask, row_masks
@@ -175,11 +176,23 @@ class _Rewriting:
         for operand, at in self._branch.reads[node].items():
             if operand not in self._branch.axes:
                 node.replace_input_with(operand, self._take(operand, at, node))
+        if node.target in OF_ELEMENTS and notes(node)["site"].rate != 0:
+            self._dropout_on_rows(node, axis)
         if op_name(node) == "view_as":
             sizes_of_model(node)
         if op_name(node) in SIZES_AFTER and names_size(node, axis.dim):
             name_size(node, axis.dim, self._times(axis.factor, node))
         notes(node)["val"] = _evaluated(node)
+
+    def _dropout_on_rows(self, node: fx.Node, axis: UnitAxis) -> None:
+        """One inside of the branch: a site for the passes behind this one, and where it stays the mask of all rows."""
+        value, x, rate = value_of(node), argument(node, 0, "input"), argument(node, 1, "p", 0.5)
+        assert value is not None
+        length = self._length(axis.factor, node)
+        order = memory_order(value)
+        node.target = dropout_of_rows
+        node.args = (x, rate, self._rows, value.dim() + axis.dim, axis.factor, length, order)
+        node.kwargs = {}
 
     def _times(self, factor: int, before: fx.Node) -> fx.Node:
         if factor == 1:

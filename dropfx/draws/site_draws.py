@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dropfx.draws.draw_plan import DrawPlan, draw_number
 from dropfx.draws.runtime import Frame
-from dropfx.graph.pass_infra import Context, Site
+from dropfx.graph.pass_infra import Context, Site, Within
 from dropfx.ops.groups import by_row
+from dropfx.ops.rows import positions
 from dropfx.ops.triton_available import why_no_kernels
 from dropfx.patterns import AnyDraw, Draw, Fit, Pattern, RowDraw, Tile, TileDraw
 
@@ -98,7 +99,11 @@ class SiteDraws:
                 shape[site.axis] = -1
                 frame.note(site.call, draw.mask(site.dtype).view(shape) * site.mask_value)
             else:
-                frame.note(site.call, _multiplier(site, draw, lengths.get(index)))
+                length = lengths.get(index)
+                mask = _multiplier(site, draw, length)
+                if site.within is not None and length is not None:
+                    mask = _of_all_rows(mask, site.within, draws)
+                frame.note(site.call, mask)
 
     def _record_tiles(self, frame: Frame, site: Site, draw: TileDraw) -> None:
         pattern = self._context.options.pattern
@@ -136,6 +141,17 @@ def _multiplier(site: Site, draw: Draw, length: int | None) -> Tensor:
     between = [1] * (site.rank - 2 - len(behind))
     leading = [*between, length] if site.steps_second else [length, *between]
     return by_row(mask, length).view(*leading, mask.size(-1), *behind)
+
+
+def _of_all_rows(mask: Tensor, within: Within, draws: dict[int, AnyDraw]) -> Tensor:
+    """The mask of kept rows as one of all, where they lie on the first axis, along which masks differ."""
+    rows = draws[within.site]
+    assert isinstance(rows, RowDraw)
+    kept = positions(rows.rows, within.factor)
+    if within.dim != 0:
+        return mask
+    whole = mask.new_zeros(rows.fit.units * within.factor, *mask.shape[1:])
+    return whole.index_copy_(0, kept, mask)
 
 
 def fields_of(context: Context, index: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dropfx.ops.rows import dropout_of_rows
 from dropfx.ops.shared_dropout import shared_dropout
 
 DROPOUT_FUNCTIONS: dict[Any, int] = {
@@ -19,8 +20,11 @@ DROPOUT_FUNCTIONS: dict[Any, int] = {
     F.dropout3d: -4,
     torch.dropout: -1,
     shared_dropout: -1,
+    dropout_of_rows: -1,
 }
 """Dropouts that can be sites -> their unit axis, counted from the end."""
+OF_ELEMENTS = (F.dropout, torch.dropout)
+"""Those of which each element has a mask of its own."""
 
 
 class OtherDropout(NamedTuple):

@@ -38,6 +38,7 @@ class Site:
         by_rows: it drops whole samples of a branch; its axis is that of the samples, `leading` their number.
         batch: where a call has the number of samples: an input of the graph, and an axis of it where that is a tensor;
             None: it never changes.
+        within: the row site on whose kept rows it is, their axis and the positions of each; None for all rows.
         mask_value: of a row site's mask for a kept row.
         kept: what a row site multiplies kept rows by, with the numbers around its mask.
         pattern: that it is drawn by; None until one is chosen.
@@ -57,6 +58,7 @@ class Site:
     weights: list[tuple[int, int]] = field(default_factory=list)
     by_rows: bool = False
     batch: tuple[int, int | None] | None = None
+    within: Within | None = None
     mask_value: float = 1.0
     kept: float = 1.0
     pattern: Pattern | None = None
@@ -78,6 +80,14 @@ class Site:
     def rewritten(self) -> bool:
         """Whether dropfx draws it: it is in the graph and nothing speaks against it."""
         return self.node is not None and not self.reason
+
+
+class Within(NamedTuple):
+    """A site inside of a row site's branch: the number of that, the rows' axis (from the front), positions of each."""
+
+    site: int
+    dim: int
+    factor: int
 
 
 @dataclass

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 Order = tuple[int, ...]
 
@@ -45,6 +47,25 @@ def put_rows(
     """Zeros of `length` rows, with y * scale * kept at the given ones."""
     shape = [length if axis == dim else size for axis, size in enumerate(y.shape)]
     return add_rows(y.new_zeros(shape), y, rows, dim, scale, kept, order)
+
+
+def dropout_of_rows(input: Tensor, p: float, rows: Tensor, dim: int, factor: int, length: int, order: Order) -> Tensor:
+    """Dropout of a value that has the given rows alone, by the mask of all rows, which PyTorch would draw.
+
+    Args:
+        input: kept rows, `factor` positions on axis `dim` for each.
+        p: the drop rate.
+        rows: int64 [k].
+        dim: the axis of the rows.
+        factor: positions of each row.
+        length: of the axis with all rows.
+        order: the axes of the value of all rows as they lie in memory: the mask is drawn so.
+    """
+    if has_torch_function_unary(input):  # `dropfx.disabled` turns it off, as it does any dropout
+        return handle_torch_function(dropout_of_rows, (input,), input, p, rows, dim, factor, length, order)
+    sizes = [length if axis == dim else input.size(axis) for axis in order]
+    mask = F.dropout(input.new_ones(sizes), p).permute(_back(order))
+    return input * mask.index_select(dim, positions(rows, factor))
 
 
 def _back(order: Order) -> list[int]:

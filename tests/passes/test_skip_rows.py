@@ -266,6 +266,58 @@ def test_values_from_outside(model: type[nn.Module]) -> None:
         assert len(masks) == 1
 
 
+class DropsInside(nn.Module):
+    """timm's MLP with its own dropouts before the mask of rows; `few` has too few units for a pattern."""
+
+    def __init__(self, windows: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.inside, self.last, self.few = nn.Dropout(0.5), nn.Dropout(0.25), nn.Dropout(0.5)
+        self.narrow, self.wide, self.off = nn.Linear(32, 3), nn.Linear(3, 32), nn.Dropout(0.0)
+        self.drop, self.windows = drop_path(timm), windows
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        h = self.up(self.norm(x))
+        h = h.view(rows * 2, tokens // 2, 64) if self.windows else h
+        h = self.off(self.inside(F.gelu(h)))
+        h = self.down(h.view(rows, tokens, 64)) + self.wide(self.few(self.narrow(x)))
+        h = self.last(h)
+        return x + (self.drop(h) if self.training else h)
+
+
+@pytest.mark.parametrize("options", [{"groups": 1}, {"groups": 2}, {"groups": 3, "pattern": "slice"}, {}], ids=str)
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_dropouts_inside_of_a_branch(inner: str, windows: bool, options: dict[str, Any]) -> None:
+    """Theirs are draws of units on the kept rows; what runs as written draws the masks of all rows, as PyTorch does."""
+    torch.manual_seed(0)
+    original = DropsInside(windows).double()
+    model = compiled(original, inner, **options)
+    for seed, rows in enumerate((6, 6, 9)):
+        left = ("few",)
+        masks = check_step(original, model, (batch(rows),), dtype=torch.float64, seed=seed, left_alone=left)
+        assert set(masks) == {"inside", "last", "drop:bernoulli_1"}
+
+
+def test_explain_says_that_the_branch_and_its_dropouts_are_rewritten() -> None:
+    report = dropfx.explain(DropsInside(), batch().float(), options={"min_speedup": 0})
+    assert {site.name: site.pattern for site in report.sites if site.rewritten} == {
+        "drop:bernoulli_1": "rows",
+        "inside": "block",
+        "last": "block",
+    }
+
+
+def test_disabled_turns_off_what_is_inside() -> None:
+    original = DropsInside()
+    model, x = compiled(original), batch().float()
+    model(x)
+    with dropfx.disabled():
+        got = model(x)
+    torch.testing.assert_close(got, original.eval()(x))
+
+
 def test_inductor() -> None:
     original = Residual(mlp, timm)
     model = compiled(original, "inductor")

@@ -14,7 +14,7 @@ from dropfx.graph.axis_rules.pointwise import broadcast_operands, first_operand,
 from dropfx.graph.axis_rules.rule import Operands
 from dropfx.graph.axis_rules.table import RESHAPES, rule_of
 from dropfx.graph.axis_rules.views import reshape_operands
-from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OF_ELEMENTS
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
 
@@ -167,7 +167,8 @@ def samples_of_operands(node: fx.Node, axis: UnitAxis) -> Operands | None:
     Operands that are left out are shared by all samples.
     """
     if node.target in DROPOUT_FUNCTIONS:
-        return first_operand(node, axis) if "site" in notes(node) and notes(node)["site"].rate == 0 else None
+        known = "site" in notes(node) and (notes(node)["site"].rate == 0 or node.target in OF_ELEMENTS)
+        return first_operand(node, axis) if known else None
     if (rule := SAMPLE_RULES.get(op_name(node))) is not None:
         return rule(node, axis) if value_of(node) is not None else None
     known = rule_of(node)
