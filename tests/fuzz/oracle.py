@@ -25,7 +25,7 @@ DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DRAWS = (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_)
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+PRODUCTS = (F.linear, F.conv1d, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Masked(TorchFunctionMode):
