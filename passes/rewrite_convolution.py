@@ -14,7 +14,7 @@ from torch import fx
 
 from dropfx import ops
 from dropfx.graph.layers import depthwise
-from dropfx.graph.nodes import argument, op_name, value_of
+from dropfx.graph.nodes import argument, memory_order, op_name, value_of
 from dropfx.graph.notes import forms_of, notes
 from dropfx.graph.op_families import CONVOLUTIONS
 from dropfx.graph.pass_infra import Context, PassResult
@@ -56,10 +56,22 @@ def _gather(node: fx.Node, context: Context) -> None:
             made = _product(node, x, rows, cols)
         else:
             parts = graph.call_function(torch.tensor_split, (x, groups))
-            made = graph.call_function(torch.cat, ([_part(node, parts, k, rows, cols) for k in range(groups)],))
+            made = _joined(graph, node, [_part(node, parts, k, rows, cols) for k in range(groups)])
     made.meta = {name: note for name, note in node.meta.items() if name not in ("form", "reads")}
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _joined(graph: fx.Graph, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
+    """The groups' rows in one, as the model's value lies in memory: of groups without rows PyTorch takes the layout."""
+    value = value_of(node)
+    assert value is not None
+    order = memory_order(value)
+    if order == tuple(sorted(order)) or order[0] != 0:
+        return graph.call_function(torch.cat, (parts,))
+    laid = [graph.call_method("permute", (part, *order)) for part in parts]
+    made = graph.call_function(torch.cat, (laid,))
+    return graph.call_method("permute", (made, *map(order.index, range(len(order)))))
 
 
 def _part(node: fx.Node, parts: fx.Node, k: int, rows: Any, cols: Any) -> fx.Node:

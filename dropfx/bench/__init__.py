@@ -9,6 +9,7 @@ BENCHES = {
     "mlp": "dropfx.bench.mlp",
     "compile": "dropfx.bench.compile",
     "lstm": "dropfx.bench.lstm",
+    "rows": "dropfx.bench.rows",
     "predictions": "dropfx.bench.predictions",
     "fidelity": "dropfx.bench.fidelity",
     "perplexity": "dropfx.bench.perplexity",

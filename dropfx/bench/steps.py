@@ -156,9 +156,16 @@ def _add_system_ratios(results: list[Result], options: Mapping[str, Any], rounds
         result.ratio_system_malloc = ratio
 
 
-def add_arguments(parser: argparse.ArgumentParser, name: str, rounds: int) -> None:
-    """The options that the benches of training steps share; `rounds` is the default."""
-    parser.add_argument("--rates", nargs="+", type=arguments.rate, default=list(RATES), help="drop rates (.3 .5 .7)")
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    name: str,
+    rounds: int,
+    rates: Sequence[float] | None = RATES,
+    baselines: Sequence[str] = (EAGER, COMPILED),
+) -> None:
+    """The options that the benches of training steps share; `rounds`, `rates` and `baselines` are their defaults."""
+    given = "each net's own" if rates is None else " ".join(f"{rate:g}" for rate in rates)
+    parser.add_argument("--rates", nargs="+", type=arguments.rate, default=rates, help=f"drop rates (default: {given})")
     parser.add_argument(
         "--rounds", type=arguments.positive, default=rounds, help=f"rounds of turns (default: {rounds})"
     )
@@ -170,8 +177,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, rounds: int) -> No
         "--baselines",
         nargs="+",
         choices=(EAGER, COMPILED),
-        default=[EAGER, COMPILED],
-        help="what dropfx is compared with (default: both)",
+        default=list(baselines),
+        help=f"what dropfx is compared with (default: {' '.join(baselines)})",
     )
     parser.add_argument("--out", default="dropfx-bench", metavar="DIR", help=f"folder of {name}.json, .md, .png")
     arguments.add_malloc(parser)

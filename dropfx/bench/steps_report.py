@@ -36,7 +36,7 @@ def show_and_write(
     name: str,
     results: Sequence[Result],
     args: argparse.Namespace,
-    extra: Mapping[str, object],
+    extra: Mapping[str, object] | None = None,
     paper: Paper | None = None,
 ) -> None:
     """Prints the tables; writes them as Markdown, all figures and `extra` as JSON, and a chart, in files `name`.*."""
@@ -45,7 +45,7 @@ def show_and_write(
         console.print(table)
     console.print(report.describe(report.machine()), highlight=False)
     folder = Path(args.out)
-    content = {"options": options_of(args), "cases": [asdict(result) for result in results], **extra}
+    content = {"options": options_of(args), "cases": [asdict(result) for result in results], **(extra or {})}
     report.write_json(folder / f"{name}.json", content)
     report.write_markdown(folder / f"{name}.md", *tables)
     count, draw = panels(results, paper)
@@ -84,11 +84,17 @@ def ceiling_table(results: Sequence[Result], paper: Paper | None = None) -> Tabl
             "/".join(str(draws) for draws in dict.fromkeys(result.draws) if draws),
             _times(result.ceiling),
             f"{result.ratio.median / result.ceiling:.0%}",
-            "/".join(f"{rate:.3f}" for rate in dict.fromkeys(result.drawn_rates)),
+            _rates(result.drawn_rates),
             _times(result.ceiling_drawn),
             "-" if result.ratio_system_malloc is None else _times(result.ratio_system_malloc.median),
         )
     return table
+
+
+def _rates(drawn: Sequence[float]) -> str:
+    """The different rates of the sites; of many the lowest and the highest."""
+    named = list(dict.fromkeys(f"{rate:.3f}" for rate in drawn))
+    return "/".join(named) if len(named) < 4 else f"{min(named)}-{max(named)}"
 
 
 def memory_table(results: Sequence[Result]) -> Table:

@@ -143,6 +143,7 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
         "mlp": "--nets 16-32-32-4 --batch 8 --rates .5 --rounds 2 --baselines eager",
         "compile": "--cases mlp-2048-128-0.5 --inner aot_eager --rounds 1 --compile-runs 1",
         "lstm": "--units 32 --vocabulary 100 --batch 4 --window 5 --rates .5 --rounds 2 --baselines eager",
+        "rows": "--nets vit --batch 2 --rates .5 --rounds 1",
         "predictions": "--models mlp transformer --widths 16 --batch 32 --rates .5 --rounds 1",
         "perplexity": f"--text {path} --units 16 --batch 4 --epochs 2 --variants none block",
         "fidelity": "--net 784-64-64-10 --epochs 1 --seeds 2 --samples 256 --variants none block@2 row:2",
@@ -160,6 +161,7 @@ def test_every_bench_runs_small(name, tmp_path, capsys):
         "compile": "Seconds until",
         "fidelity": "accuracy",
         "predictions": "worst default",
+        "rows": "vit",
         "perplexity": "Bernoulli",
         "paper": "FLOP ceiling",
     }

@@ -134,7 +134,7 @@ def test_masked_model(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Net(BODIES[name]).double()
     for compiled in compiled_both_ways(model, **options):
-        for batch in (4, 5):
+        for batch in (4, 5, 1):
             x = torch.randn(batch, 4, 8, 8, dtype=torch.float64)
             masks = check_step(model, compiled, (x,), dtype=torch.float64, seed=batch)
             assert "d" in masks
