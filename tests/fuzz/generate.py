@@ -88,13 +88,21 @@ class Maker:
         try:
             text = production.text.format_map(Fields(self, value))
         except LookupError:
+            self.forget(made)
             return False
         if "$" not in text:
             text += f"\n$ = {value}"
         if self.state(text.replace("$", target), target, value, production.name):
             return True
-        del self.setup[made:]
+        self.forget(made)
         return False
+
+    def forget(self, made: int) -> None:
+        """Take back the modules after the first so many, so that no later production reads one of them."""
+        for line in reversed(self.setup[made:]):
+            if found := re.match(r"self\.(\w+) = ", line):
+                delattr(self.model, found[1])
+        del self.setup[made:]
 
     def grow(self, length: int) -> None:
         tries = 0
