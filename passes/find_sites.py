@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
 from dropfx.graph.axis_rules import COPIES, rule_of
+from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OTHER_DROPOUTS, Call, OtherDropout
 from dropfx.graph.layers import pointwise, unit_dim
 from dropfx.graph.nodes import argument, is_parameter, mark_gradients, op_name, value_of
 from dropfx.graph.notes import Dropping, notes

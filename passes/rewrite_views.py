@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+
 from torch import fx
 
 from dropfx.graph.nodes import op_name

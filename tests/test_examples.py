@@ -41,7 +41,7 @@ def test_example_learns(script, options):
 
 
 def test_vision_transformer_trains_both_ways():
-    options = "--samples 400 --epochs 1 --units 32 --depth 2 --batch 40 --seeds 2".split()
+    options = ["--samples", "400", "--epochs", "1", "--units", "32", "--depth", "2", "--batch", "40", "--seeds", "2"]
     printed = run("vision_transformer.py", *options)
     assert len(re.findall(r"test accuracy [\d.]+%, [\d.]+%; [\d.]+ s an epoch", printed)) == 2
     assert re.search(r"accuracy with skipping: [-+][\d.]+ points \(standard error", printed)
