@@ -185,4 +185,67 @@ FAULTS = (
         "return groups * (read",
         "planning/test_cost_model.py",
     ),
+    # -- rows and channels
+    Fault(
+        "dropfx/passes/skip_rows.py",
+        'if key not in self._taken or "pinned" in notes(operand)',
+        "if key not in self._taken",
+        "passes/test_skip_rows.py",
+    ),
+    Fault("dropfx/ops/rows.py", "part, alpha=scale * kept", "part, alpha=kept", "patterns passes/test_skip_rows.py"),
+    Fault("dropfx/patterns/rows.py", "float(k > 0)", "1.0", "patterns/test_rows.py passes/test_skip_rows.py"),
+    Fault(
+        "dropfx/ops/rows.py",
+        "return input * mask.index_select(dim, positions(rows, factor))",
+        "return input * mask.narrow(dim, 0, input.size(dim))",
+        "passes/test_skip_rows.py",
+    ),
+    Fault(
+        "dropfx/draws/site_draws.py",
+        "return whole.index_copy_(0, kept, mask)",
+        "return mask",
+        "passes/test_skip_rows.py",
+    ),
+    Fault(
+        "dropfx/passes/rewrite_convolution.py",
+        "((rows, -value.dim()), (cols, 1 - value.dim()))",
+        "((cols, -value.dim()), (rows, 1 - value.dim()))",
+        "passes/test_rewrite_convolution.py",
+    ),
+    Fault(
+        "dropfx/passes/rewrite_convolution.py",
+        "if order == tuple(sorted(order)) or order[0] != 0:",
+        "if order:",
+        "passes/test_rewrite_convolution.py",
+    ),
+    Fault(
+        "dropfx/passes/rewrite_convolution.py",
+        "(kept.starts, 0, k)",
+        "(kept.starts, 0, 0)",
+        "passes/test_rewrite_convolution.py",
+    ),
+    Fault(
+        "dropfx/graph/axis_rules/spatial.py",
+        'return argument(node, 2, "bias") is None',
+        "return True",
+        "catalogue/test_equivalence.py",
+    ),
+    Fault(
+        "dropfx/graph/axis_rules/spatial.py",
+        'return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value", None)',
+        "return True",
+        "passes/test_rewrite_convolution.py",
+    ),
+    Fault(
+        "dropfx/graph/layers.py",
+        " and conv_groups(node) == 1  # type: ignore[union-attr]",
+        "  # type: ignore[union-attr]",
+        "passes/test_rewrite_convolution.py catalogue/test_equivalence.py",
+    ),
+    Fault(
+        "dropfx/passes/rewrite_sites.py",
+        "turned = order != sorted(order) and (order[0] == 0 or not kept.leading)",
+        "turned = False",
+        "passes/test_rewrite_convolution.py passes/test_rewrite_sites.py catalogue/test_equivalence.py",
+    ),
 )
