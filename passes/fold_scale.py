@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from dropfx import ops
-from dropfx.graph.nodes import op_name, value_of
+from dropfx.graph.nodes import argument, op_name, put_in_place, value_of
 from dropfx.graph.op_families import CONVOLUTIONS
 from dropfx.graph.pass_infra import Context, PassResult
 
@@ -39,14 +39,15 @@ def fold_scale(module: fx.GraphModule, context: Context) -> PassResult:
 
 def _into_weight(convolution: fx.Node, scaled: fx.Node) -> bool:
     x, scale, _ = scaled.args
-    weight = convolution.args[1]
+    weight = argument(convolution, 1, "weight")
     values = value_of(scaled), value_of(weight)
-    if convolution.args[0] is not scaled or weight is scaled or values[0] is None or values[1] is None:
+    if argument(convolution, 0, "input") is not scaled or weight is scaled or values[0] is None or values[1] is None:
         return False
     if values[1].numel() >= values[0].numel():
         return False
     with convolution.graph.inserting_before(convolution):
         by_scale = convolution.graph.call_function(torch.mul, (weight, scale))
     by_scale.meta = {"val": values[1]}
-    convolution.args = (x, by_scale, *convolution.args[2:])
+    put_in_place(convolution, scaled, x)
+    put_in_place(convolution, weight, by_scale)
     return True

@@ -120,6 +120,7 @@ BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "chain": chain,
     "by_keyword": lambda m, x: F.conv2d(input=m.d(m.up(x)), weight=m.down.weight, padding="same", bias=m.down.bias),
     "depthwise": lambda m, x: m.down(m.own(m.d(m.up(x).relu()))),
+    "depthwise_by_keyword": lambda m, x: m.down(F.conv2d(m.d(m.up(x)), weight=m.own.weight, groups=32)),
     "two_sites": lambda m, x: m.down(m.e(F.conv2d(m.d(m.up(x)), m.own.weight.expand(-1, 32, -1, -1)))),
     "padded": lambda m, x: m.down(F.pad(m.d(F.interpolate(m.up(x), scale_factor=2)), (1, 0, 2, 1))),
     "padded_with_ones": lambda m, x: m.down(F.pad(m.d(m.up(x)), (1, 1, 1, 1), value=1.0)),
