@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, POOLS, axes_of_index, axes_of_permutation
+from dropfx.graph.axis_rules import AXIS_RULES, COPIES, PERMUTATIONS, axes_of_index, axes_of_permutation
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
-from dropfx.graph.op_families import CONVOLUTIONS, SPLITS
+from dropfx.graph.op_families import CONVOLUTIONS, POOLS, SPLITS
 
 Source = tuple[fx.Node, int]
 

@@ -16,7 +16,7 @@ from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
 from dropfx.graph.layers import multiplies, products_of, taps_of
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import Form, forms_of, notes, sites_of
-from dropfx.graph.op_families import GEMMS, SPLITS, SUMS
+from dropfx.graph.op_families import ALL_CONVOLUTIONS, GEMMS, SPLITS, SUMS
 from dropfx.graph.pass_infra import Context
 from dropfx.planning.min_cut import Prices
 from dropfx.planning.regions import Region, drops, is_product
@@ -289,12 +289,11 @@ _FREE = frozenset([*COPIES, *PERMUTATIONS, *RESHAPES, "getitem", "size", "expand
 """Views, and what is free as far as it is one."""
 _ATTENTION = "scaled_dot_product_attention"
 _MATMULS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", _ATTENTION)
-_CONVOLUTIONS = tuple(f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3))
 
 
 def is_costly(node: fx.Node) -> bool:
     """Whether a node multiplies matrices, or computes as much."""
-    return op_name(node) in (*_MATMULS, *_CONVOLUTIONS, "linear")
+    return op_name(node) in (*_MATMULS, *ALL_CONVOLUTIONS, "linear")
 
 
 def products_flops(node: fx.Node) -> int:
@@ -314,7 +313,7 @@ def _products(node: fx.Node) -> list[tuple[int, int, int]]:
     """(M, N, K) of the matrix products that an operation amounts to, forward."""
     values = [value for o in node.all_input_nodes if (value := value_of(o)) is not None]
     elements, last = _size(node)[0], max(_size_of_last(node), 1)
-    if op_name(node) in _CONVOLUTIONS and len(values) > 1:
+    if op_name(node) in ALL_CONVOLUTIONS and len(values) > 1:
         channels = max(value_of(node).size(1), 1)  # type: ignore[union-attr]
         return [(elements // channels, channels, values[1].numel() // channels)]
     if op_name(node) == _ATTENTION and len(values) > 2:

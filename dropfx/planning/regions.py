@@ -11,7 +11,7 @@ from torch import fx
 from dropfx import ops
 from dropfx.graph.axis_rules import Operands, rule_of
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
-from dropfx.graph.layers import conv_groups, depthwise, multiplies, unit_dim
+from dropfx.graph.layers import conv_groups, multiplies, unit_dim
 from dropfx.graph.nodes import argument, is_parameter, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
 from dropfx.graph.op_families import CONVOLUTIONS, GEMMS, SUMS
@@ -105,12 +105,10 @@ def _compact_before(region: Region, node: fx.Node, at: UnitAxis) -> Operands | N
     """The operands that node reads compact where it emits its units at `at` compact; None where it must be dense."""
     if drops(node) or (region.grouped and not leads_before(node, at, region.site)):
         return None
-    if op_name(node) in GEMMS and not depthwise(node):
+    rule = rule_of(node)
+    if rule is None and op_name(node) in GEMMS:
         gatherable = at == UnitAxis(unit_dim(node)) and _gatherable(node) and _cuts_rows(region, node)
         return region.wants.get(node, {}) if gatherable else None
-    if region.grouped and depthwise(node):
-        return None  # one filter a channel, and several draws
-    rule = rule_of(node)
     operands = None if rule is None else rule.operands(node, at)
     merges = operands is not None and any(axis.factor > at.factor for axis in operands.values())
     return None if merges and not _fixed_behind(node, at) else operands
@@ -218,7 +216,7 @@ def _unitwise_after(
 ) -> tuple[UnitAxis, Operands] | None:
     """Where the units of an operation of units lie, and what it reads compact; None where it is none or mixes them."""
     rule = rule_of(node)
-    if rule is None or not rule.zero(node, zeros) or (region.grouped and depthwise(node)):
+    if rule is None or not rule.zero(node, zeros):
         return None
     found = {rule.output(node, operand, region.forms[operand]) for operand in read}
     at = found.pop()

@@ -7,7 +7,7 @@ read; after it f(0) = 0 is needed too. Axes are counted from the end, so that br
 
 from dropfx.graph.axis_rules.rule import AxisRule, Operands
 from dropfx.graph.axis_rules.samples import samples_of_operands
-from dropfx.graph.axis_rules.table import AXIS_RULES, COPIES, PERMUTATIONS, POOLS, RESHAPES, rule_of
+from dropfx.graph.axis_rules.table import AXIS_RULES, COPIES, PERMUTATIONS, RESHAPES, rule_of
 from dropfx.graph.axis_rules.views import axes_of_index, axes_of_permutation
 from dropfx.graph.notes import UnitAxis
 
@@ -16,7 +16,6 @@ __all__ = [
     "COPIES",
     "RESHAPES",
     "PERMUTATIONS",
-    "POOLS",
     "UnitAxis",
     "AxisRule",
     "Operands",

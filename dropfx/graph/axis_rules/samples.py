@@ -17,6 +17,7 @@ from dropfx.graph.axis_rules.views import reshape_operands
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS, OF_ELEMENTS
 from dropfx.graph.nodes import argument, op_name, value_of
 from dropfx.graph.notes import UnitAxis, notes
+from dropfx.graph.op_families import ALL_CONVOLUTIONS, POOLS
 
 SampleRule = Callable[[fx.Node, UnitAxis], Operands | None]
 """(node, output axis of the samples) -> their axis in each operand that has them; None where samples mix."""
@@ -134,8 +135,7 @@ def _expand(node: fx.Node, axis: UnitAxis) -> Operands | None:
     return {first: axis}
 
 
-_CONVOLUTIONS = [f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)]
-_POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)]
+_LP_POOLS = [f"lp_pool{n}d" for n in (1, 2, 3)]
 
 SAMPLE_RULES: dict[str, SampleRule] = {
     "linear": _before(1),
@@ -143,7 +143,7 @@ SAMPLE_RULES: dict[str, SampleRule] = {
     "rms_norm": _normalized,
     "group_norm": _leading,
     "batch_norm": _batch_norm,
-    **dict.fromkeys([*_CONVOLUTIONS, *_POOLS, "interpolate"], _leading),
+    **dict.fromkeys([*ALL_CONVOLUTIONS, *POOLS, *_LP_POOLS, "interpolate"], _leading),
     "pixel_shuffle": _before(3),
     "pixel_unshuffle": _before(3),
     "pad": _padded,

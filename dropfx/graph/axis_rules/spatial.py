@@ -49,4 +49,5 @@ def _unbiased(node: fx.Node, zeros: set[fx.Node]) -> bool:
 POSITIONS = AxisRule(_channels, first_output, lambda node, zeros: True)
 """Pooling and resizing: of zeros they make zeros."""
 PADDING = AxisRule(_padded, first_output, _pads_zeros)
-FILTERS = AxisRule(_filtered, first_output, _unbiased)
+FILTERS = AxisRule(_filtered, first_output, _unbiased, leads=lambda node: False, moves_rows=True)
+"""Several draws end there: a channel has one filter for all rows."""

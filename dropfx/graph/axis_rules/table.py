@@ -33,7 +33,7 @@ from dropfx.graph.axis_rules.views import (
 from dropfx.graph.layers import multiplies
 from dropfx.graph.nodes import op_name, parts_of, value_of
 from dropfx.graph.notes import notes
-from dropfx.graph.op_families import CONVOLUTIONS, DIVISIONS, MULTIPLICATIONS, SUMS
+from dropfx.graph.op_families import CONVOLUTIONS, DIVISIONS, MULTIPLICATIONS, POOLS, SUMS
 
 _ZERO_AT_ZERO = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh tanhshrink softsign hardswish hardshrink softshrink "
@@ -46,7 +46,6 @@ _NOT_ZERO_AT_ZERO = (
 _COPIES = "contiguous clone detach to float double half bfloat16 type type_as cpu cuda alias resolve_conj resolve_neg"
 COPIES = frozenset(_COPIES.split())
 RESHAPES = frozenset(["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
-POOLS = frozenset(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3))
 PERMUTATIONS = frozenset(["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"])
 
 AXIS_RULES: dict[str, AxisRule] = {
