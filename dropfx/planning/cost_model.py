@@ -13,11 +13,12 @@ from dropfx import ops
 from dropfx.graph.axis_rules import COPIES, PERMUTATIONS, RESHAPES
 from dropfx.graph.device_costs import DeviceCosts
 from dropfx.graph.dropout_ops import DROPOUT_FUNCTIONS
-from dropfx.graph.layers import multiplies, products_of, taps_of
+from dropfx.graph.layers import multiplies, products_of
 from dropfx.graph.nodes import argument, matrix_of, op_name, value_of
 from dropfx.graph.notes import Form, forms_of, notes, sites_of
 from dropfx.graph.op_families import ALL_CONVOLUTIONS, GEMMS, SPLITS, SUMS
 from dropfx.graph.pass_infra import Context
+from dropfx.planning.layer_times import Share, layer_time, recurrent_times
 from dropfx.planning.min_cut import Prices
 from dropfx.planning.regions import Region, drops, is_product
 
@@ -70,12 +71,13 @@ def _labels(
     elements, itemsize = _size(node)
     if multiplies(node):
         keep_in, keep_out = others(node)
-        dense = _layer(node, keep_in, keep_out, costs, itemsize)
+        dense = layer_time(node, Share(keep_in, keep_out), costs, itemsize)
         if node in region.sinks:
             keep_in = keep
         else:
             keep_out = keep
-        return _nanoseconds(_layer(node, keep_in, keep_out, costs, itemsize, groups, sharing)), _nanoseconds(dense)
+        share = Share(keep_in, keep_out, groups, sharing)
+        return _nanoseconds(layer_time(node, share, costs, itemsize)), _nanoseconds(dense)
     if node.target is ops.recurrence_op:
         times = recurrent_times(node, keep if node in region.sinks else 1.0, costs)
         return _nanoseconds(times[1]), _nanoseconds(times[0])
@@ -110,119 +112,6 @@ def _residual_times(elements: int, itemsize: int, keep: float, costs: DeviceCost
     """Seconds of a sum that adds the kept units alone, and of one that adds all."""
     kept = costs.gathered + costs.move(elements, itemsize) + 2 * costs.move(elements * keep, itemsize)
     return kept, costs.move(elements, itemsize, 3)
-
-
-def _layer(
-    node: fx.Node,
-    keep_in: float,
-    keep_out: float,
-    costs: DeviceCosts,
-    itemsize: int,
-    groups: int = 1,
-    sharing: int = 1,
-) -> float:
-    """Seconds of the products of a layer that multiplies."""
-    if op_name(node) == "linear":
-        return _linear(node, keep_in, keep_out, costs, itemsize, groups, sharing)
-    m, n, k, products = products_of(node)
-    channels, taps = taps_of(node)
-    if keep_in == keep_out == 1:
-        return products * costs.convolution(m, n, channels, taps, itemsize)
-    rows, columns = n * keep_out, k * keep_in
-    each = products * costs.convolution(m / groups, rows, channels * keep_in, taps, itemsize)
-    # a weight is gathered for each group, its gradient put among zeros; groups are cut and joined
-    each += 2 * costs.move(rows * columns, itemsize) + costs.move(n * k, itemsize, 1 if groups == 1 else 3)
-    cut = 0.0 if groups == 1 else 2 * costs.move(m * rows, itemsize)
-    gathers = (keep_in < 1) + 2 * (keep_out < 1)  # of the weight, of the bias too
-    return groups * each + gathers * (costs.gathered + 4 * (groups - 1) * costs.launch) + cut
-
-
-def _linear(
-    node: fx.Node,
-    keep_in: float,
-    keep_out: float,
-    costs: DeviceCosts,
-    itemsize: int,
-    groups: int = 1,
-    sharing: int = 1,
-) -> float:
-    """Seconds of its products; of what is gathered, its part where as many as `sharing` share it."""
-    m, n, k, products = products_of(node)
-    if keep_in == keep_out == 1:
-        gemm = costs.packed_gemm if _in_one_piece(node) is not None else costs.gemm
-        return products * gemm(m, n, k, itemsize)
-    rows, columns, size = n * keep_out, k * keep_in, n * k * keep_in * keep_out
-    # forward and input gradient: a product a group, with a gathered weight, which several groups gather again
-    gathered = (1 if groups == 1 else products - 1) * costs.move(size, itemsize)
-    read = (products - 1) * costs.packed_gemm(m / groups, rows, columns, itemsize)
-    added = costs.gemm(m / groups, rows, columns, itemsize) + costs.move(size, itemsize, 2 if groups == 1 else _ADDED)
-    dense = costs.move(n * k, itemsize, 1)  # zeros
-    written = groups * added + dense / sharing
-    if groups > 1:
-        written = min(written, costs.gemm(m, n, k, itemsize))
-        written += _no_longer_in_one_piece(node, costs) if keep_in < 1 else 0.0
-    return costs.gathered + groups * (read + gathered / sharing) + written
-
-
-_ADDED = 5
-"""Values read and written for each that a group adds to the gradient of a weight, whose runs are short."""
-
-
-_CALLS_A_STEP = 15
-"""Operations of an LSTM's step besides its product, 9 forward and 6 backward, where our own code walks the steps."""
-_PASSES_A_STEP = 67
-"""Values per unit that these read and write: 28 and 24, and 15 for the slopes of all steps."""
-
-
-def recurrent_times(node: fx.Node, keep: float, costs: DeviceCosts) -> tuple[float, float]:
-    """Seconds of the steps of a recurrence, forward and backward: as written, and with a share of W_hh kept.
-
-    PyTorch has some recurrences fused, whose steps spend nothing between their products; none takes a kept weight.
-    """
-    pre, state, weight = (value_of(node.args[place]) for place in (1, 2, 4))
-    assert pre is not None
-    assert state is not None
-    assert weight is not None
-    batch, (n, k), itemsize = state.size(0), weight.shape, pre.element_size()
-    rows = pre.numel() // pre.size(-1)
-    steps = math.ceil(rows / max(batch, 1))
-
-    def products(share: float) -> float:
-        return steps * 2 * costs.gemm(batch, n, k * share, itemsize) + costs.gemm(n, k * share, rows, itemsize)
-
-    whole, own = products(1.0), _own_steps(node, costs)
-    # each step gathers of the state and scatters into its gradient; the kept weight is copied, its gradient put
-    moved = steps * 2 * costs.move(batch * k, itemsize, 2 + keep) + 2 * costs.move(n * k, itemsize, 1 + keep)
-    return whole / costs.packed if notes(node).get("one_piece") else whole + own, products(keep) + own + moved
-
-
-def _own_steps(recurrence: fx.Node, costs: DeviceCosts) -> float:
-    """Seconds that its steps take by our own code, beyond their products."""
-    pre, state, weight = (value_of(recurrence.args[place]) for place in (1, 2, 4))
-    assert pre is not None
-    assert state is not None
-    assert weight is not None
-    rows = pre.numel() // pre.size(-1)
-    steps = math.ceil(rows / max(state.size(0), 1))
-    return steps * _CALLS_A_STEP * costs.launch + costs.move(rows * weight.size(1), pre.element_size(), _PASSES_A_STEP)
-
-
-def _in_one_piece(linear: fx.Node) -> fx.Node | None:
-    """The recurrence of which the product is part, where PyTorch has it fused."""
-    user = next(iter(linear.users), None)
-    if user is not None and op_name(user) == "transpose":
-        user = next(iter(user.users), None)
-    fused = user is not None and user.target is ops.recurrence_op and notes(user).get("one_piece")
-    return user if fused else None
-
-
-def _no_longer_in_one_piece(linear: fx.Node, costs: DeviceCosts) -> float:
-    """Seconds that a recurrence takes longer if its inputs are several groups, whose product no fused one takes."""
-    user = _in_one_piece(linear)
-    if user is None:
-        return 0.0
-    whole, _ = recurrent_times(user, 1.0, costs)
-    return whole * (costs.packed - 1) + _own_steps(user, costs)
 
 
 def step_times(graph: fx.Graph, context: Context) -> tuple[float, float]:
@@ -262,8 +151,8 @@ def node_times(node: fx.Node, context: Context) -> tuple[float, float]:
     if multiplies(node):
         groups = max([context.sites[form.site].groups for form in (reads, makes) if form is not None], default=1)
         return (
-            _layer(node, 1.0, 1.0, costs, itemsize),
-            _layer(node, keep_in, keep_out, costs, itemsize, groups),
+            layer_time(node, Share(), costs, itemsize),
+            layer_time(node, Share(keep_in, keep_out, groups), costs, itemsize),
         )
     if node.target is ops.recurrence_op:
         as_written, kept = recurrent_times(node, keep_in, costs)
@@ -340,7 +229,7 @@ def lowered_times(node: fx.Node, keep_in: float, keep_out: float, costs: DeviceC
     itemsize = _size(node)[1]
     product = costs.gemm(m, n * keep_out, k * keep_in, itemsize)
     fused = costs.launch + (product - costs.launch) / costs.fused
-    return {"aten": _linear(node, keep_in, keep_out, costs, itemsize), "triton": products * fused}
+    return {"aten": layer_time(node, Share(keep_in, keep_out), costs, itemsize), "triton": products * fused}
 
 
 def tiled_times(site: fx.Node, linears: Sequence[fx.Node], keep: float, costs: DeviceCosts) -> tuple[float, float]:

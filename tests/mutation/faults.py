@@ -180,7 +180,7 @@ FAULTS = (
         "planning",
     ),
     Fault(
-        "dropfx/planning/cost_model.py",
+        "dropfx/planning/layer_times.py",
         "return costs.gathered + groups * (read",
         "return groups * (read",
         "planning/test_cost_model.py",
