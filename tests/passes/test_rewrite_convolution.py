@@ -116,6 +116,11 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def over_positions(x: Tensor) -> Tensor:
+    """A view that PyTorch accepts where the channels lie last."""
+    return x.permute(0, 2, 3, 1).view(-1)
+
+
 BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "chain": chain,
     "by_keyword": lambda m, x: F.conv2d(input=m.d(m.up(x)), weight=m.down.weight, padding="same", bias=m.down.bias),
@@ -125,6 +130,7 @@ BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "padded": lambda m, x: m.down(F.pad(m.d(F.interpolate(m.up(x), scale_factor=2)), (1, 0, 2, 1))),
     "padded_with_ones": lambda m, x: m.down(F.pad(m.d(m.up(x)), (1, 1, 1, 1), value=1.0)),
     "channels_last": lambda m, x: m.down(m.d(m.up(last(x)))).permute(0, 2, 3, 1).view(-1),
+    "view_of_its_layout": lambda m, x: over_positions((h := m.d(m.up(last(x)))).sigmoid()) + m.down(h).sum(),
     "read_dense_too": lambda m, x: m.down(h := m.d(m.up(x))).sum() + h.amax(1),
 }
 

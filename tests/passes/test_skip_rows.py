@@ -379,6 +379,21 @@ def test_disabled_keeps_all_rows(drop: Idiom) -> None:
     torch.testing.assert_close(got, original.eval()(x))
 
 
+def rarely(m: nn.Module, x: Tensor) -> Tensor:
+    return x * x.new_empty(shape(x)).bernoulli_(0.2).div_(0.2)
+
+
+@pytest.mark.parametrize("inner", ["", "aot_eager"])
+def test_where_no_row_is_kept_one_runs_and_adds_nothing(inner: str) -> None:
+    original = Residual(mlp, rarely).double()
+    model, kept = compiled(original, inner), set[int]()
+    for seed in range(6):
+        masks = check_step(original, model, (batch(2),), dtype=torch.float64, seed=seed)
+        kept |= {int(mask.count_nonzero()) for mask in masks.values()}
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    assert kept == {0, 1}
+
+
 def test_a_batch_of_one_runs_as_written() -> None:
     original = Residual(mlp, timm).double()
     model = compiled(original)
